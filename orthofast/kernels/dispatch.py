@@ -1,0 +1,125 @@
+"""Which backend serves a call: the order, the choice, the reasons, and how to overrule them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from orthofast.errors import BackendError
+from orthofast.kernels.contract import Request
+from orthofast.records import GramStats
+
+# first that can, serves; a device type not named here has the reference alone
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native_cpu", "numba_cpu", "reference")}
+ANY_DEVICE = ("reference",)
+NAMES = ("native_cpu", "numba_cpu", "reference")
+ENVIRONMENT = "ORTHOFAST_BACKEND"
+
+_chosen: ContextVar[str | None] = ContextVar("orthofast_backend", default=None)
+_loaded: dict[str, Backend] = {}
+
+
+class Backend(Protocol):
+    """What a backend file offers."""
+
+    NAME: str
+
+    def supports(self, request: Request) -> str | None:
+        """None if this request can be served, else the sentence why not."""
+
+    def gram_stats(self, request: Request) -> GramStats:
+        """Fold one request."""
+
+    def gram_stats_many(self, requests: Sequence[Request]) -> list[GramStats]:
+        """Fold several requests in one go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One line of ``orthofast.explain``: a backend, whether it would serve, and why not."""
+
+    backend: str
+    serves: bool
+    reason: str
+
+
+def load(name: str) -> Backend:
+    """The backend of that name; its file is imported on first use.
+
+    Raises:
+        BackendError: if there is none of that name.
+    """
+    backend = _loaded.get(name)
+    if backend is None:
+        if name not in NAMES:
+            raise BackendError(f"backend needs one of {', '.join(NAMES)}, got {name!r}")
+        backend = cast(Backend, importlib.import_module(f"orthofast.kernels.{name}"))
+        _loaded[name] = backend
+    return backend
+
+
+def order_for(request: Request) -> tuple[str, ...]:
+    """Backends in the order they are asked, for this request's device."""
+    return ORDER.get(request.x.device.type, ANY_DEVICE)
+
+
+def choose(request: Request, backend: str | None = None) -> Backend:
+    """The backend that serves this request: the one named, or the first that can.
+
+    Raises:
+        BackendError: if the named backend is unknown or cannot serve the request.
+    """
+    name = backend or _chosen.get() or os.environ.get(ENVIRONMENT)
+    if name:
+        named = load(name)
+        reason = named.supports(request)
+        if reason is not None:
+            raise BackendError(f"backend {name} cannot serve this call: {reason}")
+        return named
+    for candidate in order_for(request):
+        found = load(candidate)
+        if found.supports(request) is None:
+            return found
+    raise BackendError(f"no backend serves {request.x.dtype} on {request.x.device}")  # reference serves everything
+
+
+def explain(request: Request) -> list[Explanation]:
+    """For every backend in order: would it serve this request, and if not, why."""
+    lines: list[Explanation] = []
+    served = False
+    order = order_for(request)
+    for name in (*order, *(n for n in NAMES if n not in order)):
+        reason = load(name).supports(request)
+        if reason is not None:
+            lines.append(Explanation(name, False, reason))
+        elif served:
+            lines.append(Explanation(name, False, "can serve; an earlier one does"))
+        else:
+            lines.append(Explanation(name, True, "serves this call"))
+            served = True
+    return lines
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Inside the block every call goes to the named backend, or is refused with its reason.
+
+    Raises:
+        BackendError: at once, if there is no backend of that name.
+
+    >>> import torch, orthofast
+    >>> with orthofast.use_backend("reference"):
+    ...     orthofast.pii(torch.eye(3))
+    tensor(0., dtype=torch.float64)
+    """
+    load(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
