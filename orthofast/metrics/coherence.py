@@ -27,7 +27,7 @@ def isotropic_baseline(d: int) -> float:
     >>> round(isotropic_baseline(512), 5), isotropic_baseline(3)
     (0.03528, 0.5)
     """
-    if isinstance(d, bool) or not isinstance(d, int) or d < 1:
+    if type(d) is not int or d < 1:
         raise InputError(f"d needs a positive integer, the length of the vectors, got {d!r}")
     x = d / 2
     if d < GAMMA_LIMIT:
