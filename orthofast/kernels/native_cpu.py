@@ -1,3 +1,126 @@
-"""Native backend (being written)."""
+"""Native CPU backend: packed panels and register blocks in C++, one team of threads, sums folded in registers.
+
+Work  b*n*(n+1)/2*d multiply-adds.  Extra memory  12 bytes a vector and about 2 MiB a thread.
+Accuracy  operands exact (float32, or bfloat16 pairs for 16- and 8-bit input), float32 in a tile, float64 between
+tiles; precision "high" rounds float32 to bfloat16 and recomputes exactly what falls near the rounding floor.
+Refuses  anything but CPU tensors, and everything where the extension was not built.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from orthofast.errors import BackendError
+from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, ROW_ABS, SQ_SUM, SUM, Request
+from orthofast.records import GramStats
+
+try:
+    from orthofast import _cpu
+except ImportError as error:
+    _cpu = None
+    _why_not = f"the native module is not built ({error}); install orthofast where a C++ compiler is found"
+
 NAME = "native_cpu"
-def supports(request): return "not written yet"
+ENVIRONMENT = "ORTHOFAST_ISA"
+_SUMS, _COUNTS = 5, 5  # columns of the two result tables, see csrc/core/gram_stats.h
+_PACK = struct.Struct("25q").pack
+_DTYPE = {
+    torch.float64: 0,
+    torch.float32: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 5,
+    torch.float8_e4m3fnuz: 6,
+    torch.float8_e5m2fnuz: 7,
+}
+_PRECISION = {"highest": 0, "high": 1, "float64": 2}
+
+
+def _force_isa() -> None:
+    level = os.environ.get(ENVIRONMENT)
+    if level and _cpu is not None and not _cpu.force_isa(level):
+        raise BackendError(f"{ENVIRONMENT} needs one of {', '.join(_cpu.isa_levels())} on this machine, got {level!r}")
+
+
+_force_isa()
+
+
+def supports(request: Request) -> str | None:
+    """None for CPU tensors where the native module was built."""
+    if _cpu is None:
+        return _why_not
+    if request.x.device.type != "cpu":
+        return f"needs a CPU tensor, got one on {request.x.device}"
+    return None
+
+
+def gram_stats(request: Request) -> GramStats:
+    """Fold one request."""
+    record, packed = _prepare(request)
+    _cpu.gram_stats(packed, torch.get_num_threads())
+    return record
+
+
+def gram_stats_many(requests: Sequence[Request]) -> list[GramStats]:
+    """Fold all requests with one team of threads over one queue of tiles."""
+    prepared = [_prepare(request) for request in requests]
+    _cpu.gram_stats(b"".join([packed for _, packed in prepared]), torch.get_num_threads())
+    return [record for record, _ in prepared]
+
+
+def _prepare(request: Request) -> tuple[GramStats, bytes]:
+    """The record whose memory the fold fills, and the request as integers."""
+    x, y, want = request.x, request.y, request.want
+    b, n, d = x.shape
+    sums = torch.empty((b, _SUMS), dtype=torch.float64)
+    counts = torch.empty((b, _COUNTS), dtype=torch.int64)
+    norm_sq = torch.empty((b, n), dtype=torch.float64)
+    row_abs = torch.empty_like(norm_sq) if want & ROW_ABS else None
+    hist = torch.empty((b, request.bins), dtype=torch.int64) if want & HIST else None
+    abs_sum, sq_sum, signed, abs_max, floor = sums.unbind(1)
+    pairs, zero, nonfinite, _, _ = counts.unbind(1)
+    record = GramStats(
+        pairs=pairs,
+        zero=zero,
+        nonfinite=nonfinite,
+        norm_sq=norm_sq,
+        abs_sum=abs_sum if want & ABS_SUM else None,
+        sq_sum=sq_sum if want & SQ_SUM else None,
+        sum=signed if want & SUM else None,
+        abs_max=abs_max if want & ABS_MAX else None,
+        argmax=counts[:, 3:] if want & ABS_MAX else None,
+        row_abs=row_abs,
+        hist=hist,
+        floor=floor,
+    )
+    other: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0)
+    if y is not None:
+        record.cross = True
+        record.norm_sq_y = torch.empty((b, y.shape[1]), dtype=torch.float64)
+        record.row_abs_y = torch.empty_like(record.norm_sq_y) if want & ROW_ABS else None
+        other = _side(y, record.norm_sq_y, record.row_abs_y)
+    return record, _PACK(
+        *_side(x, norm_sq, row_abs),
+        *other,
+        y is not None,
+        request.normalize,
+        _DTYPE[x.dtype],
+        _PRECISION[request.precision],
+        want,
+        request.bins,
+        b,
+        d,
+        sums.data_ptr(),
+        counts.data_ptr(),
+        0 if hist is None else hist.data_ptr(),
+    )
+
+
+def _side(x: Tensor, norm_sq: Tensor, row_abs: Tensor | None) -> tuple[int, ...]:
+    return (x.data_ptr(), x.shape[1], *x.stride(), norm_sq.data_ptr(), 0 if row_abs is None else row_abs.data_ptr())

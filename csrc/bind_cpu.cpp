@@ -1,0 +1,103 @@
+// Python module orthofast._cpu: unpack integers, release the interpreter lock, call the fold.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "core/gram_stats.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+using namespace orthofast;
+
+namespace {
+
+constexpr size_t kFields = 25;  // int64 values of one request, in the order read below
+
+Vectors read_vectors(const int64_t* field) {
+  return Vectors{reinterpret_cast<const void*>(field[0]), field[1], field[2], field[3], field[4],
+                 reinterpret_cast<double*>(field[5]), reinterpret_cast<double*>(field[6])};
+}
+
+GramArgs read_request(const int64_t* field) {
+  GramArgs args{};
+  args.x = read_vectors(field);
+  args.y = read_vectors(field + 7);
+  args.cross = field[14] != 0;
+  args.normalize = field[15] != 0;
+  args.dtype = static_cast<Dtype>(field[16]);
+  args.precision = static_cast<Precision>(field[17]);
+  args.want = static_cast<int32_t>(field[18]);
+  args.bins = static_cast<int32_t>(field[19]);
+  args.b = field[20];
+  args.d = field[21];
+  args.sums = reinterpret_cast<double*>(field[22]);
+  args.counts = reinterpret_cast<int64_t*>(field[23]);
+  args.hist = reinterpret_cast<int64_t*>(field[24]);
+  return args;
+}
+
+void gram_stats(const py::bytes& packed, int threads) {
+  char* data = nullptr;
+  Py_ssize_t size = 0;
+  if (PyBytes_AsStringAndSize(packed.ptr(), &data, &size) != 0) throw py::error_already_set();
+  const size_t bytes = kFields * sizeof(int64_t);
+  if (static_cast<size_t>(size) % bytes != 0) throw py::value_error("packed requests need " + std::to_string(bytes) + " bytes each");
+  std::vector<GramArgs> requests(static_cast<size_t>(size) / bytes);
+  for (size_t r = 0; r < requests.size(); ++r) {
+    int64_t field[kFields];
+    std::memcpy(field, data + r * bytes, bytes);
+    requests[r] = read_request(field);
+  }
+  py::gil_scoped_release release;
+  gram_stats_cpu(requests.data(), static_cast<int64_t>(requests.size()), threads);
+}
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : isa_levels()) names.emplace_back(table->name);
+  return names;
+}
+
+double gflops(double (*spin)(int64_t)) {
+  if (spin == nullptr) return 0.0;
+  constexpr int64_t kSteps = 2000000;
+  spin(kSteps / 4);  // wake the clock
+  double best = 0;
+  for (int trial = 0; trial < 3; ++trial) {
+    const auto start = std::chrono::steady_clock::now();
+    const double flop = spin(kSteps);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::max(best, flop / took.count() / 1e9);
+  }
+  return best;
+}
+
+py::dict fma_peak() {
+  const KernelTable& table = kernels_in_force();
+  double f32 = 0, bf16 = 0;
+  {
+    py::gil_scoped_release release;
+    f32 = gflops(table.spin_f32);
+    bf16 = gflops(table.spin_bf16);
+  }
+  py::dict peak;
+  peak["float32"] = f32;
+  if (bf16 > 0) peak["bfloat16"] = bf16;
+  return peak;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Native CPU fold of orthofast; orthofast.kernels.native_cpu is its only caller.";
+  m.attr("FIELDS") = kFields;
+  m.def("gram_stats", &gram_stats, py::arg("packed"), py::arg("threads"));
+  m.def("isa", [] { return std::string(kernels_in_force().name); });
+  m.def("isa_levels", &levels);
+  m.def("force_isa", &force_isa, py::arg("name"));
+  m.def("fma_peak", &fma_peak, "Multiply-add rate of one core from registers, in GFLOP/s, by operand dtype.");
+}

@@ -1,0 +1,58 @@
+// What an instruction-set file offers the driver: a table of functions, and the task they work on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../core/fold.h"
+#include "../core/gram_stats.h"
+
+namespace orthofast {
+
+constexpr int64_t kMaxBlock = 384;  // vectors on a side of a block; a multiple of every panel width
+constexpr int64_t kDepthBytes = 1024;  // of one vector packed at a time: a panel and its partner stay in L2
+
+// One item of one side, as the kernels read it.
+struct ItemView {
+  const void* data;
+  int64_t n, stride_n, stride_d;
+  const double* inv;        // (n,) factor of each vector: 1/length, 0 for zero vectors, 1 unless normalising
+  const int32_t* exponent;  // (n,) vectors are read times 2^-exponent; null: as they are
+  const float* table8;      // (256,) values of an 8-bit dtype
+};
+
+// One pair of blocks of one item.
+struct BlockTask {
+  const ItemView* left;
+  const ItemView* right;
+  int64_t row0, rows, col0, cols;
+  bool diagonal;  // left and right are the same block: only pairs i < j
+  Dtype dtype;
+  int64_t d;
+  int32_t want, bins;
+  double* left_abs;   // (rows,) out: sums of |.| per vector, null unless kRowAbs
+  double* right_abs;  // (cols,) out
+  int64_t* hist;      // (bins,) out: counts of this task alone, null unless kHist
+};
+
+using FoldBlock = void (*)(const BlockTask&, char* workspace, Partial& out);
+
+struct KernelTable {
+  const char* name;
+  // sums of squares of `count` vectors from `first`, in float64; `rounded` (may be null) after rounding to bfloat16
+  void (*square_sums)(const ItemView&, Dtype, int64_t d, int64_t first, int64_t count, double* exact, double* rounded);
+  FoldBlock fold_f32, fold_f64;
+  FoldBlock fold_bf16;  // null: no native bfloat16 products
+  // register-only multiply-add loop of that many steps, for measuring the ceiling; returns its flop
+  double (*spin_f32)(int64_t steps);
+  double (*spin_bf16)(int64_t steps);
+  size_t workspace_bytes;
+};
+
+// Null where the file was not compiled for this processor family.
+const KernelTable* kernels_portable();
+const KernelTable* kernels_avx2();
+const KernelTable* kernels_avx512();
+const KernelTable* kernels_avx512bf16();
+
+}  // namespace orthofast
