@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from orthofast.errors import BackendError
-from orthofast.kernels.contract import Request
+from orthofast.kernels.contract import Request, make_request
 from orthofast.records import GramStats
+from orthofast.views import Array, as_tensor
 
 # first that can, serves; a device type not named here has the reference alone
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native_cpu", "numba_cpu", "reference")}
@@ -88,9 +89,29 @@ def choose(request: Request, backend: str | None = None) -> Backend:
     raise BackendError(f"no backend serves {request.x.dtype} on {request.x.device}")  # reference serves everything
 
 
-def explain(request: Request) -> list[Explanation]:
-    """For every backend in order: would it serve this request, and if not, why."""
-    lines: list[Explanation] = []
+class Explanations(list[Explanation]):
+    """Explanations of one call; printed, a table."""
+
+    def __repr__(self) -> str:
+        width = max((len(line.backend) for line in self), default=0)
+        return "\n".join(f"{'*' if line.serves else ' '} {line.backend:<{width}}  {line.reason}" for line in self)
+
+
+def explain(x: Request | Array) -> Explanations:
+    """For every backend in order: would it serve this call, and if not, why; printed, a table.
+
+    Args:
+        x: what a fold would be given, (b, n, d) or (n, d), a tensor or numpy array; or a checked request.
+
+    Raises:
+        InputError: if ``x`` is neither.
+
+    >>> import torch
+    >>> [line.backend for line in explain(torch.ones(4, 3))][-1]
+    'reference'
+    """
+    request = x if isinstance(x, Request) else make_request(as_tensor(x, "x"))
+    lines = Explanations()
     served = False
     order = order_for(request)
     for name in (*order, *(n for n in NAMES if n not in order)):
