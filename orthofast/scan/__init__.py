@@ -1,0 +1,50 @@
+"""Scan a checkpoint on disk: every matrix, rows and columns, measured or listed with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from orthofast.scan.pipeline import Progress
+from orthofast.scan.plan import make_plan
+from orthofast.scan.provenance import measure
+from orthofast.scan.readers.checkpoint import open_checkpoint
+from orthofast.scan.result import Row, ScanResult, Skipped, Spread, Table5
+
+__all__ = ["Progress", "Row", "ScanResult", "Skipped", "Spread", "Table5", "scan_checkpoint"]
+
+
+def scan_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    vectors: str = "both",
+    precision: str = "auto",
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> ScanResult:
+    """Measure the PII of every matrix of a checkpoint, rows and columns, reading each tensor once.
+
+    PII is the mean absolute cosine over all pairs of vectors (Lu et al. 2024, Definition 1); beside it stands its value
+    for isotropic random vectors of the same length. Memory stays bounded, whatever the checkpoint's size.
+
+    Args:
+        path: a ``.safetensors`` file, a ``.safetensors.index.json``, or a folder with one of them.
+        include: measure only tensors whose name matches one of these globs.
+        exclude: leave out tensors whose name matches one of these globs.
+        vectors: "rows" (one vector per output), "cols" (one per input) or "both".
+        precision: as in :func:`orthofast.gram_stats`.
+        backend: obeyed or refused; None takes the fastest that can serve.
+        progress: called with (bytes done, bytes in all, name of the latest tensor).
+
+    Returns:
+        A :class:`ScanResult`; a tensor that cannot be read is a row with its error.
+
+    Raises:
+        CheckpointError: if nothing can be read; the message names the file.
+        InputError: if an argument cannot be used.
+        BackendError: if the named backend cannot serve.
+    """
+    plan = make_plan(open_checkpoint(path), include=include, exclude=exclude, vectors=vectors)
+    return measure(plan, precision=precision, backend=backend, progress=progress)
