@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -28,7 +27,6 @@ from orthofast.scan.result import Row
 from orthofast.scan.roles import Reading
 
 READ_BYTES = 16 << 20  # one positional read
-AHEAD = 1  # batches read while one is folded
 
 Progress = Callable[[int, int, str], None]
 
@@ -50,7 +48,9 @@ class _Batch:
     seconds: float
 
 
-def run(plan: Plan, *, precision: str = "auto", backend: str | None = None, progress: Progress | None = None) -> Outcome:
+def run(
+    plan: Plan, *, precision: str = "auto", backend: str | None = None, progress: Progress | None = None
+) -> Outcome:
     """Measure every matrix of a plan.
 
     Args:
@@ -70,10 +70,9 @@ def run(plan: Plan, *, precision: str = "auto", backend: str | None = None, prog
         good = [(item, t) for item, t in zip(batch.items, batch.tensors, strict=True) if isinstance(t, Tensor)]
         for item, tensor in zip(batch.items, batch.tensors, strict=True):
             if not isinstance(tensor, Tensor):
-                readings = [(m, Reading(m.role, m.layer)) for m in item.matrices]
-                for matrix, reading in readings:
-                    fault = Fault(matrix.name, str(tensor), (matrix.stop - matrix.start, matrix.inward))
-                    outcome.rows += _fault_rows(fault, reading, plan.sides)
+                for matrix in item.matrices:
+                    fault = Fault(matrix.name, str(tensor), matrix.sizes("rows"))
+                    outcome.rows += _fault_rows(fault, Reading(matrix.role, matrix.layer), plan.sides)
         _fold(good, plan.sides, precision, backend, outcome)
         outcome.fold_s += time.perf_counter() - started
         outcome.read_s += batch.seconds
@@ -92,57 +91,40 @@ def read_extent(descriptor: int, extent: Extent) -> Tensor:
     try:
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
     except (MemoryError, RuntimeError):
-        raise CheckpointError(f"{extent.file.name}: no memory for the {extent.nbytes} bytes of {ascii(extent.name)}") from None
-    view = memoryview(buffer.numpy())
+        raise CheckpointError(
+            f"{extent.file.name}: no memory for the {extent.nbytes} bytes of {extent.name!a}"
+        ) from None
+    view = buffer.numpy().data  # a memoryview of the same bytes
     at = 0
     while at < extent.nbytes:
         try:
             count = os.preadv(descriptor, [view[at : at + READ_BYTES]], extent.offset + at)
         except OSError as error:
-            raise CheckpointError(f"{extent.file.name} cannot be read at {ascii(extent.name)}: {error.strerror}") from None
+            raise CheckpointError(f"{extent.file.name} cannot be read at {extent.name!a}: {error.strerror}") from None
         if count == 0:
-            raise CheckpointError(f"{extent.file.name} became shorter while it was read: {ascii(extent.name)} is incomplete")
+            raise CheckpointError(f"{extent.file.name} became shorter while it was read: {extent.name!a} is incomplete")
         at += count
     return buffer.view(TORCH_DTYPES[extent.dtype]).view(extent.shape)
 
 
 def _read_ahead(plan: Plan) -> Iterator[_Batch]:
-    """Batches in order, read by one thread that waits when :data:`AHEAD` of them are ready."""
-    ready: queue.Queue[_Batch | BaseException | None] = queue.Queue(maxsize=AHEAD)
-    stop = threading.Event()
+    """Batches in order; one thread reads the next while the last is folded."""
+    with ExitStack() as opened, ThreadPoolExecutor(1, thread_name_prefix="orthofast-read") as reader:
+        descriptors: dict[str, int | CheckpointError] = {}
 
-    def put(value: _Batch | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(value, timeout=0.1)
-            except queue.Full:
-                continue
+        def read(items: list[Item]) -> _Batch:
+            started = time.perf_counter()
+            tensors = [_read(item.extent, descriptors, opened) for item in items]
+            return _Batch(items, tensors, time.perf_counter() - started)
 
-    def read() -> None:
-        try:
-            with ExitStack() as opened:
-                descriptors: dict[str, int | CheckpointError] = {}
-                for items in plan.batches():
-                    if stop.is_set():
-                        return
-                    started = time.perf_counter()
-                    tensors = [_read(item.extent, descriptors, opened) for item in items]
-                    put(_Batch(items, tensors, time.perf_counter() - started))
-                    del tensors
-            put(None)
-        except BaseException as error:  # handed to the folding thread, which raises it
-            put(error)
-
-    reader = threading.Thread(target=read, name="orthofast-read", daemon=True)
-    reader.start()
-    try:
-        while (batch := ready.get()) is not None:
-            if isinstance(batch, BaseException):
-                raise batch
-            yield batch
-    finally:
-        stop.set()
-        reader.join()
+        pending: Future[_Batch] | None = None
+        for items in plan.batches():
+            following = reader.submit(read, items)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
 
 
 def _read(extent: Extent, descriptors: dict[str, int | CheckpointError], opened: ExitStack) -> Tensor | CheckpointError:

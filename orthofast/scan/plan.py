@@ -150,7 +150,9 @@ def make_plan(
         if fault.whole_file or outside(fault.name, reading) is None:
             plan.faults.append((fault, reading))
     if not selected and not plan.faults:
-        raise InputError("include, exclude and layers leave no tensor to measure; list the names with --long or widen the globs")
+        raise InputError(
+            "include, exclude and layers leave no tensor to measure; list the names with --long or widen the globs"
+        )
     plan.skipped.sort(key=lambda pair: natural(pair[0]))
     return plan
 

@@ -16,7 +16,9 @@ from orthofast.scan.result import Row, ScanResult, Skipped
 from orthofast.scan.roles import ROLES
 
 
-def measure(plan: Plan, *, precision: str = "auto", backend: str | None = None, progress: Progress | None = None) -> ScanResult:
+def measure(
+    plan: Plan, *, precision: str = "auto", backend: str | None = None, progress: Progress | None = None
+) -> ScanResult:
     """Run a plan, order its rows and add the provenance; arguments and errors as in ``pipeline.run``."""
     started = time.perf_counter()
     date = datetime.now(UTC).isoformat(timespec="seconds")

@@ -51,11 +51,15 @@ def render(result: ScanResult) -> str:
     require_packages()
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string(files("orthofast.scan").joinpath("report.html.j2").read_text("utf-8"))
     sides = result.sides()
     tables = {side: table for side in sides if (table := result.table5(side)).layers}
-    charts = {f"heat-{side}": _heat_map(result, side) for side in sides}
+    everything = [entry["ratio"] for side in sides for entry in _grouped(result, side)]
+    span = (min([0.5, *everything]), max([2.0, *everything]))  # one scale, so that the sides compare
+    charts = {f"heat-{side}": _heat_map(result, side, span) for side in sides}
     charts |= {f"curves-{side}": _curves(result, side) for side in sides}
     charts = {name: chart for name, chart in charts.items() if chart is not None}
     return template.render(
@@ -102,7 +106,9 @@ def _grouped(result: ScanResult, side: str) -> list[dict[str, Any]]:
         ratio = sum(row.ratio or 0.0 for row in rows) / len(rows)
         short = role.removesuffix(".weight")
         name = rows[0].name if len(rows) == 1 else f"{len(rows)} matrices"
-        entries.append({"layer": layer, "role": short, "pii": pii, "ratio": ratio, "name": name, "n": rows[0].n, "d": rows[0].d})
+        entries.append(
+            {"layer": layer, "role": short, "pii": pii, "ratio": ratio, "name": name, "n": rows[0].n, "d": rows[0].d}
+        )
     return entries
 
 
@@ -112,17 +118,18 @@ def _orders(entries: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return layers, [short for role in ROLES if (short := role.removesuffix(".weight")) in present]
 
 
-def _heat_map(result: ScanResult, side: str) -> dict[str, Any] | None:
+def _heat_map(result: ScanResult, side: str, span: tuple[float, float]) -> dict[str, Any] | None:
     import altair
 
     entries = _grouped(result, side)
     if not entries:
         return None
     layers, roles = _orders(entries)
-    top = max(2.0, *(entry["ratio"] for entry in entries))
-    bottom = min(0.5, *(entry["ratio"] for entry in entries))
+    bottom, top = span
     # logarithmic steps around 1: half and double are equally far from chance
-    scale = altair.Scale(type="log", domain=[bottom, 1, top], range=["#2166ac", "#f7f4ef", "#b2182b"], interpolate="lab", clamp=True)
+    scale = altair.Scale(
+        type="log", domain=[bottom, 1, top], range=["#2166ac", "#f7f4ef", "#b2182b"], interpolate="lab", clamp=True
+    )
     tooltip = [
         altair.Tooltip("name:N", title="matrix"),
         altair.Tooltip("layer:N"),
@@ -137,21 +144,29 @@ def _heat_map(result: ScanResult, side: str) -> dict[str, Any] | None:
     colour = altair.Color(
         "ratio:Q",
         scale=scale,
-        legend=altair.Legend(title="PII / isotropic baseline", orient="bottom", gradientLength=200, format=".2~f", values=_ticks(bottom, top)),
+        legend=altair.Legend(
+            title="PII / isotropic baseline",
+            orient="bottom",
+            gradientLength=200,
+            format=".2~f",
+            values=_ticks(bottom, top),
+        ),
     )
-    data = altair.Data(values=entries)
+    data = _data(entries)
     drawn: Any = altair.Chart(data).mark_rect(stroke=None).encode(x=across, y=down, color=colour, tooltip=tooltip)
     height = max(3, len(layers)) * CELL_PX
     if len(layers) <= LABELLED_LAYERS:
         strong = f"datum.ratio > {top**0.6:.4f} || datum.ratio < {bottom**0.6:.4f}"
         ink = altair.condition(strong, altair.value("#ffffff"), altair.value("#1a1a1a"))
-        text = altair.Chart(data).mark_text(fontSize=11).encode(
-            x=across, y=down, text=altair.Text("ratio:Q", format=".2f"), color=ink, tooltip=tooltip
+        text = (
+            altair.Chart(data)
+            .mark_text(fontSize=11)
+            .encode(x=across, y=down, text=altair.Text("ratio:Q", format=".2f"), color=ink, tooltip=tooltip)
         )
         drawn = altair.layer(drawn, text)
     else:
         height = min(1200, len(layers) * 10)
-    described = f"Heat map of PII over its isotropic baseline, {side}, layer by role; the same numbers are in the table below it"
+    described = f"Heat map of PII over its isotropic baseline, {side}, layer by role; the tables below hold the numbers"
     return _specified(drawn.properties(width="container", height=height, description=described))
 
 
@@ -164,26 +179,52 @@ def _curves(result: ScanResult, side: str) -> dict[str, Any] | None:
         return None
     for entry in entries:
         entry["depth"] = layers.index(entry["layer"])
-    named = altair.Data(values=entries)
+    named = _data(entries)
     focus = altair.selection_point(fields=["role"], bind="legend")
     hollow = altair.condition(focus, altair.value(1.0), altair.value(0.12))
-    across = altair.X("layer:O", sort=layers, title="layer", axis=altair.Axis(labelAngle=0 if len(layers) <= 24 and _short(layers) else -60, labelOverlap=True))
-    lines = altair.Chart(named).mark_line(point=altair.OverlayMarkDef(size=28), strokeWidth=1.8).encode(
-        x=across,
-        y=altair.Y("ratio:Q", title="PII / isotropic baseline", scale=altair.Scale(zero=False, nice=True)),
-        color=altair.Color("role:N", sort=roles, legend=altair.Legend(title=None, orient="bottom", columns=3, symbolType="stroke"), scale=altair.Scale(domain=roles, scheme="tableau10")),
-        strokeDash=altair.StrokeDash("role:N", sort=roles, legend=None),
-        opacity=hollow,
-        order=altair.Order("depth:Q"),
-        tooltip=[altair.Tooltip("role:N"), altair.Tooltip("layer:N"), altair.Tooltip("pii:Q", title="PII", format=".5f"), altair.Tooltip("ratio:Q", title="over baseline", format=".3f")],
-    ).add_params(focus)
-    chance = altair.Chart(altair.Data(values=[{"one": 1.0}])).mark_rule(strokeDash=[2, 3], color="#888").encode(y="one:Q")
-    described = f"PII over its isotropic baseline, {side}, one line per role from the first layer to the last; 1 is chance"
+    across = altair.X(
+        "layer:O",
+        sort=layers,
+        title="layer",
+        axis=altair.Axis(labelAngle=0 if len(layers) <= 24 and _short(layers) else -60, labelOverlap=True),
+    )
+    lines = (
+        altair.Chart(named)
+        .mark_line(point=altair.OverlayMarkDef(size=28), strokeWidth=1.8)
+        .encode(
+            x=across,
+            y=altair.Y("ratio:Q", title="PII / isotropic baseline", scale=altair.Scale(zero=False, nice=True)),
+            color=altair.Color(
+                "role:N",
+                sort=roles,
+                legend=altair.Legend(title=None, orient="bottom", columns=3, symbolType="stroke"),
+                scale=altair.Scale(domain=roles, scheme="tableau10"),
+            ),
+            strokeDash=altair.StrokeDash("role:N", sort=roles, legend=None),
+            opacity=hollow,
+            order=altair.Order("depth:Q"),
+            tooltip=[
+                altair.Tooltip("role:N"),
+                altair.Tooltip("layer:N"),
+                altair.Tooltip("pii:Q", title="PII", format=".5f"),
+                altair.Tooltip("ratio:Q", title="over baseline", format=".3f"),
+            ],
+        )
+        .add_params(focus)
+    )
+    chance = altair.Chart(_data([{"one": 1.0}])).mark_rule(strokeDash=[2, 3], color="#888").encode(y="one:Q")
+    described = (
+        f"PII over its isotropic baseline, {side}, one line per role from the first layer to the last; 1 is chance"
+    )
     return _specified(altair.layer(lines, chance).properties(width="container", height=260, description=described))
 
 
 def _short(layers: list[str]) -> bool:
     return all(len(layer) <= 3 for layer in layers)
+
+
+def _data(values: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"values": values}
 
 
 def _ticks(bottom: float, top: float) -> list[float]:
@@ -203,7 +244,9 @@ def _facts(result: ScanResult) -> list[tuple[str, str]]:
     lines = []
     for key, value in known.items():
         if isinstance(value, dict):
-            shown = ", ".join(f"{name.replace('_', ' ')} {_plain(entry)}" for name, entry in value.items() if entry is not None)
+            shown = ", ".join(
+                f"{name.replace('_', ' ')} {_plain(entry)}" for name, entry in value.items() if entry is not None
+            )
         elif isinstance(value, list):
             shown = "; ".join(_plain(entry) for entry in value)
         else:

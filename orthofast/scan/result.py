@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orthofast.errors import InputError
 from orthofast.scan import report
@@ -215,9 +216,9 @@ class ScanResult:
         content = writer_for(target)(self)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            with open(temporary, "x", encoding="utf-8", newline="") as handle:
+            with temporary.open("x", encoding="utf-8", newline="") as handle:
                 handle.write(content)
-            os.replace(temporary, target)
+            temporary.replace(target)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise InputError(f"{target} cannot be written: {error.strerror}") from None
@@ -286,8 +287,7 @@ def _markdown_cell(text: str) -> str:
     """Names come from a foreign file: nothing in them may end the cell or become markup."""
     for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(mark, safe)
-    escaped = "".join("\\" + c if c in "\\|`*[]" else c for c in printable(text))
-    return escaped
+    return "".join("\\" + c if c in "\\|`*[]" else c for c in printable(text))
 
 
 def printable(text: str) -> str:
@@ -304,7 +304,7 @@ def _spread(rows: list[Row]) -> Spread | None:
     return Spread(statistics.fmean(values), min(values), max(values), len(values), baseline)
 
 
-def _finite(value: object) -> object:
+def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -95,7 +95,7 @@ class Roles:
         return [word for word in name.removesuffix(".weight").split(".") if word not in self._rules.wrappers]
 
     def _stores_in_out(self, names: Mapping[str, tuple[int, ...]]) -> bool:
-        """Conv1D keeps (in, out). A fused (d, 3d) c_attn tells; square matrices cannot; else the model's type decides."""
+        """Conv1D keeps (in, out): a fused (d, 3d) c_attn tells, square ones cannot; else the model's type decides."""
         for name, shape in names.items():
             if name.endswith("attn.c_attn.weight") and len(shape) == 2 and shape[0] != shape[1]:
                 return shape[1] == 3 * shape[0]
@@ -149,8 +149,8 @@ class Roles:
     def _parts(self, split: str, out: int, inward: int) -> tuple[Part, ...]:
         """Blocks of rows; none where the cut is not certain, for a wrong cut is worse than one matrix of role QKV."""
         if split == "gate_up":
-            half = out // 2
-            return (Part("gate", "Linear_1.gate", 0, half), Part("up", "Linear_1.weight", half, out)) if out % 2 == 0 else ()
+            halves = (("gate", "Linear_1.gate"), ("up", "Linear_1.weight"))
+            return _cut((0, out // 2, out), halves) if out % 2 == 0 else ()
         if split == "thirds":
             if out == 3 * inward:
                 return _cut((0, inward, 2 * inward, out), THIRDS)

@@ -21,7 +21,7 @@ MAX_NAMED = 8  # file names spelled out in one sentence
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
-    """Read the headers of a checkpoint: a ``.safetensors`` file, a ``.safetensors.index.json``, or a folder with either.
+    """Read the headers of a checkpoint: a ``.safetensors`` file, a ``.safetensors.index.json``, or a folder with one.
 
     A broken shard or tensor becomes a fault of the catalog; the others stay readable.
 
@@ -37,7 +37,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
     if chosen[0].name.endswith(INDEX_SUFFIX):
         _add_sharded(catalog, folder, chosen[0])
     elif chosen[0].suffix in UNREADABLE:
-        raise CheckpointError(f"{chosen[0].name}: {chosen[0].suffix} files are not read; convert the checkpoint to safetensors")
+        raise CheckpointError(
+            f"{chosen[0].name}: {chosen[0].suffix} files are not read; convert the checkpoint to safetensors"
+        )
     else:
         _add_files(catalog, chosen)
     _add_config(catalog, folder)
@@ -66,7 +68,9 @@ def _chosen(folder: Path, catalog: Catalog) -> list[Path]:
         return [folder / name for name in found]
     others = [name for name in names if name.endswith(UNREADABLE)]
     if others:
-        raise CheckpointError(f"{folder.name} holds no safetensors file, only {_listed(others)}; convert the checkpoint to safetensors")
+        raise CheckpointError(
+            f"{folder.name} holds no safetensors file, only {_listed(others)}; convert the checkpoint to safetensors"
+        )
     raise CheckpointError(f"{folder.name or folder} holds no .safetensors file and no {INDEX_SUFFIX[1:]}")
 
 
@@ -85,7 +89,7 @@ def _add_file(catalog: Catalog, file: Path) -> None:
     known = {extent.name: extent.file.name for extent in catalog.extents}
     for extent in extents:
         if extent.name in known:
-            error = f"{file.name} and {known[extent.name]} both hold {ascii(extent.name)}; the one in {file.name} was left out"
+            error = f"{file.name} and {known[extent.name]} both hold {extent.name!a}; the first counts"
             faults.append(Fault(extent.name, error, extent.shape))
         else:
             catalog.extents.append(extent)
@@ -115,7 +119,9 @@ def _add_sharded(catalog: Catalog, folder: Path, index: Path) -> None:
         error = f"{index.name}: the shard name {ascii(shard)[:80]} leads outside the folder and was not opened"
         catalog.faults += [Fault(name, error) for name in shards[shard]]
     if len(outside) == len(shards):
-        raise CheckpointError(f"{index.name}: every shard name leads outside the folder, such as {ascii(outside[0])[:80]}")
+        raise CheckpointError(
+            f"{index.name}: every shard name leads outside the folder, such as {ascii(outside[0])[:80]}"
+        )
     broken: list[str] = []
     for shard in inside:
         if shard in missing:
@@ -135,7 +141,9 @@ def _compare(catalog: Catalog, index: Path, weight_map: dict[str, str]) -> None:
     accounted = {extent.name for extent in catalog.extents} | {fault.name for fault in catalog.faults}
     for name, shard in weight_map.items():
         if name not in accounted:
-            catalog.faults.append(Fault(name, f"{index.name} places {ascii(name)[:80]} in {shard}, which does not hold it"))
+            catalog.faults.append(
+                Fault(name, f"{index.name} places {ascii(name)[:80]} in {shard}, which does not hold it")
+            )
     extra = [extent.name for extent in catalog.extents if extent.name not in weight_map]
     if extra:
         catalog.notes.append(f"{len(extra)} tensors are in the shards but not in {index.name}")

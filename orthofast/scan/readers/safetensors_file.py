@@ -7,8 +7,8 @@ Layout: 8 bytes little-endian header length, a JSON object, then the data; offse
 from __future__ import annotations
 
 import json
-import os
 import stat
+from collections import Counter
 from pathlib import Path
 
 from orthofast.errors import CheckpointError
@@ -41,7 +41,9 @@ def read_index(file: Path) -> tuple[list[Extent], list[Fault]]:
             continue
         if found.offset + found.nbytes > size:
             missing = found.offset + found.nbytes - size
-            error = f"{file.name} is truncated: {_shown(name)} ends {missing} bytes behind the end of the file; fetch the file again"
+            error = (
+                f"{file.name} is truncated: {_shown(name)} ends {missing} bytes behind its end; fetch the file again"
+            )
             faults.append(Fault(name, error, found.shape))
             continue
         claimed.append(found)
@@ -66,7 +68,7 @@ def file_size(file: Path) -> int:
         CheckpointError: if it is missing, or is no regular file (a pipe would never end).
     """
     try:
-        status = os.stat(file)
+        status = file.stat()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CheckpointError(f"{file.name} cannot be read: {reason}") from None
@@ -94,7 +96,7 @@ def read_json(file: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, object]:
 
 def _header(file: Path, size: int) -> tuple[dict[str, object], int]:
     try:
-        with open(file, "rb", buffering=0) as handle:
+        with file.open("rb", buffering=0) as handle:
             start = handle.read(64)
             _refuse_pointer(file, start)
             if len(start) < 8:
@@ -102,10 +104,12 @@ def _header(file: Path, size: int) -> tuple[dict[str, object], int]:
             length = int.from_bytes(start[:8], "little")
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{file.name} is no safetensors file: its header would be {length} bytes long (limit {MAX_HEADER_BYTES})"
+                    f"{file.name} is no safetensors file: its header would be {length} bytes, the limit is {MAX_HEADER_BYTES}"
                 )
             if length > size - 8:
-                raise CheckpointError(f"{file.name} is truncated: its header needs {length} bytes, {size - 8} are there")
+                raise CheckpointError(
+                    f"{file.name} is truncated: its header needs {length} bytes, {size - 8} are there"
+                )
             handle.seek(8)
             content = b""
             while len(content) < length:
@@ -122,15 +126,16 @@ def _header(file: Path, size: int) -> tuple[dict[str, object], int]:
 
 def _refuse_pointer(file: Path, start: bytes) -> None:
     if start.startswith(LFS_POINTER):
-        raise CheckpointError(f"{file.name} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder")
+        raise CheckpointError(
+            f"{file.name} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
+        )
 
 
 def _json_object(content: bytes, what: str) -> dict[str, object]:
     def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key) is not None)
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"{what} names {_shown(twice)} twice")
         return found
 
