@@ -136,10 +136,9 @@ def _from_numpy(array: Floats, name: str) -> Tensor:
             f"{name} needs a numpy dtype among {', '.join(NUMPY_DTYPES)}, got {array.dtype}; "
             "convert it with .astype('float32')"
         )
-    steps = [stride for stride, size in zip(array.strides, array.shape, strict=True) if size > 1]
     if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    elif any(step < 0 or step % array.itemsize for step in steps) or not array.flags.aligned:
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    elif any(step < 0 or step % array.itemsize for step in array.strides) or not array.flags.aligned:
         array = array.copy()
     elif not array.flags.writeable:
         array = np.asarray(_Writeable(array))

@@ -102,9 +102,9 @@ def singular_value_gap_from(values: Tensor) -> Tensor:
     if values.shape[1] == 0:
         return values.new_full((len(values),), float("nan"))
     scaled = values / values.amax(1, keepdim=True)  # squares stay in range
-    unit = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    equal = float(values.shape[1]) ** -0.5
-    return torch.linalg.vector_norm(unit - equal, dim=1)
+    unit = scaled / scaled.square().sum(1, keepdim=True).sqrt()
+    away: Tensor = unit - float(values.shape[1]) ** -0.5
+    return away.square().sum(1).sqrt()
 
 
 def singular_value_gap(weight: Array, *, vectors: str = "rows", heads: int | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ class Arrangement:
         return self.name
 
 
+@cache
 def rotation(d: int, seed: int = 0) -> Tensor:
-    """A random orthogonal (d, d) matrix."""
+    """A random orthogonal (d, d) matrix; shared between tests, never written to."""
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))[0]
 
