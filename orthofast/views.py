@@ -24,15 +24,15 @@ def as_vectors(weight: Array, vectors: str = "rows", heads: int | None = None) -
     A weight is laid out as torch layers store it, (out, in) or (out, in, *kernel). (Transposed convolutions store
     (in, out, *kernel) and GPT-2's Conv1D (in, out): there "rows" and "cols" change places.)
 
-    ============  ======================  ================================================================
-    vectors       shape                   one vector is
-    ============  ======================  ================================================================
-    rows          (1, out, in * kernel)   what feeds one output neuron or channel
-    cols          (1, in, out * kernel)   what one input feature or channel feeds
-    heads         (heads, out / heads, .) as rows, compared only within equal blocks of rows
-    filters       (1, out, in * kernel)   as rows, by the name convolutions use
-    center_tap    (1, in, out)            one input channel of the kernel's central tap, conv only
-    ============  ======================  ================================================================
+    ============  =======================  ===========================================================
+    vectors       shape                    one vector is
+    ============  =======================  ===========================================================
+    rows          (1, out, in * kernel)    what feeds one output neuron or channel
+    cols          (1, in, out * kernel)    what one input feature or channel feeds
+    heads         (heads, out / heads, .)  as rows, compared only within equal blocks of rows
+    filters       (1, out, in * kernel)    as rows, by the name convolutions use
+    center_tap    (1, in, out)             one input channel of the kernel's central tap, conv only
+    ============  =======================  ===========================================================
 
     "center_tap" takes ``W[:, :, k1 // 2, k2 // 2]`` as the public code of Lu et al. 2024 does, and of that (out, in)
     matrix the columns, which are what their Table 2 prints (0.070 and 0.050 at the start: the baselines of R^128 and
