@@ -1,22 +1,32 @@
-"""Reference backend: plain torch, blocks of rows; the meaning of every field of the record.
+"""Reference backend: plain torch, blocks of vectors; the meaning of every field of the record.
 
-Work  b*n*(n+1)/2*d multiply-adds and a little more on diagonal blocks.  Extra memory  O(BLOCK*(n + d)).
-Accuracy  products and dot products in float32 (float64 on request), sums in float64.
-Refuses nothing: every device torch has, every floating-point dtype.
+Work  b*n*(n+1)/2*d multiply-adds and a little more on diagonal blocks.
+Memory  O(n) per item, and at most about 56 MiB of unit vectors and tiles, whatever the shape.
+Accuracy  unit vectors and dot products in float32 (float64 on request), lengths and sums in float64.
+Refuses nothing: every device torch has, every floating-point dtype. Sums alone never wait for a device.
+
+Large float32 products on the CPU go to oneDNN through its own tensors (``Tensor.to_mkldnn``): it is as exact as
+``torch.mm`` and on some processors twice as fast. ``torch.set_float32_matmul_precision`` would reach it too, but is
+global: other threads would see it, and some processors would round to bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, ROW_ABS, SQ_SUM, SUM, Request, poison
 from orthofast.records import GramStats
 
 NAME = "reference"
-BLOCK = 256  # rows of a tile: its float32 columns stay in cache up to n of a few thousand
+ROWS, COLUMNS = 256, 512  # a float32 tile stays in a second-level cache
+HELD_BYTES = 16 << 20  # unit vectors of the right side kept at a time; the left side and work space get a quarter
+ONEDNN_LENGTH = 256  # shorter vectors do not pay for the copy into oneDNN's tensors
+ONEDNN_WORK = 1 << 26  # n*m*d from which its set-up, once per shape, pays
 
 
 def supports(request: Request) -> str | None:
@@ -35,8 +45,9 @@ def gram_stats(request: Request) -> GramStats:
     b, n, _ = x.shape
     m = n if y is None else y.shape[1]
     record = _empty(request, b, n, m)
-    for item in range(b):
-        _fold_item(record, item, x[item], None if y is None else y[item], request)
+    with torch.autocast(x.device.type, enabled=False):  # it would round the operands
+        for item in range(b):
+            _fold_item(record, item, x[item], None if y is None else y[item], request)
     return poison(record)
 
 
@@ -70,77 +81,168 @@ def _empty(request: Request, b: int, n: int, m: int) -> GramStats:
 
 
 def _fold_item(record: GramStats, item: int, x: Tensor, y: Tensor | None, request: Request) -> None:
-    compute = torch.float64 if request.precision == "float64" else torch.float32
-    left, sq, zero, bad = _scaled(x, compute)
+    left = _measured(x, request)
+    right = left if y is None else _measured(y, request)
     assert record.norm_sq is not None
-    record.norm_sq[item] = sq
+    record.norm_sq[item] = left.norm_sq
+    record.zero[item], record.nonfinite[item] = left.zero.sum(), left.bad.sum()
+    n, m = (side.keep.sum() for side in (left, right))
     if y is None:
-        right, keep, keep_y = left, ~zero, ~zero
-        zeros, nonfinite = zero.sum(), bad.sum()
-        kept = keep.sum()
-        pairs = kept * (kept - 1) // 2 if request.normalize else torch.tensor(len(x) * (len(x) - 1) // 2)
+        record.pairs[item] = n * (n - 1) // 2
     else:
-        right, sq_y, zero_y, bad_y = _scaled(y, compute)
         assert record.norm_sq_y is not None
-        record.norm_sq_y[item] = sq_y
-        keep, keep_y = ~zero, ~zero_y
-        zeros, nonfinite = zero.sum() + zero_y.sum(), bad.sum() + bad_y.sum()
-        pairs = keep.sum() * keep_y.sum() if request.normalize else torch.tensor(len(x) * len(y))
-    record.zero[item], record.nonfinite[item], record.pairs[item] = zeros, nonfinite, pairs
+        record.norm_sq_y[item] = right.norm_sq
+        record.zero[item] += right.zero.sum()
+        record.nonfinite[item] += right.bad.sum()
+        record.pairs[item] = n * m
     if not request.want:
         return
-    if not request.normalize:
-        left = x.to(compute)
-        right = left if y is None else y.to(compute)
-        keep, keep_y = torch.ones_like(keep), torch.ones_like(keep_y)
-    for start in range(0, len(x), BLOCK):
-        stop = min(start + BLOCK, len(x))
-        first = start if y is None else 0  # columns left of the diagonal block are done
-        tile = left[start:stop] @ right[first:].T  # (rows, m - first)
-        mask = keep[start:stop].unsqueeze(1) & keep_y[first:]
-        if y is None:
-            mask = mask.triu(1)
-        _fold_tile(record, item, tile, mask, (start, first), request)
+    masked = bool(request.want & (ABS_MAX | HIST))  # a sum may hold the zeros of pairs that do not exist
+    gaps = masked and not bool(left.keep.all() & right.keep.all())
+    for origin, tile in _tiles(left, right):
+        diagonal = y is None and origin[0] == origin[1]
+        if diagonal:
+            tile.triu_(1)
+        mask = None
+        if gaps or (masked and diagonal):
+            rows, columns = tile.shape
+            mask = left.keep[origin[0] : origin[0] + rows].unsqueeze(1) & right.keep[origin[1] : origin[1] + columns]
+            mask = mask.triu(1) if diagonal else mask
+        _fold_tile(record, item, tile, mask, origin)
 
 
-def _scaled(x: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit vectors in the compute dtype, squared lengths, and which vectors are zero or hold NaN or Inf."""
-    wide = x.to(torch.float64)
-    bad = ~wide.isfinite().all(1)
-    largest = wide.abs().amax(1) if x.shape[1] else wide.new_zeros(len(x))
-    zero = (largest == 0) & ~bad
-    # a power of two: exact, and no square over- or underflows
-    _, exponent = torch.frexp(torch.where(zero | bad, 1.0, largest))
-    small = torch.ldexp(wide, -exponent.unsqueeze(1))
-    square = small.square().sum(1)
-    unit = small / torch.where(zero, 1.0, square.sqrt()).unsqueeze(1)
-    return unit.to(compute), torch.ldexp(square, 2 * exponent), zero, bad
+@dataclass(slots=True)
+class _Side:
+    """One set of vectors and what is known of each: scale 2**exponent, length divided by it, and its kind."""
+
+    x: Tensor  # (n, d), as it came
+    exponent: Tensor
+    length: Tensor
+    norm_sq: Tensor
+    zero: Tensor
+    bad: Tensor
+    keep: Tensor  # takes part in pairs
+    normalize: bool
+    compute: torch.dtype
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        """(stop - start, d) in the compute dtype, divided by their lengths if pairs are cosines."""
+        if not self.normalize:
+            return self.x[start:stop].to(self.compute)
+        d = self.x.shape[1]
+        unit = torch.empty((stop - start, d), dtype=self.compute, device=self.x.device)
+        for at in _steps(start, stop, d):
+            small = torch.ldexp(self.x[at].to(torch.float64), -self.exponent[at].unsqueeze(1))
+            unit[at.start - start : at.stop - start] = small.div_(self.length[at].unsqueeze(1))
+        return unit
 
 
-def _fold_tile(record: GramStats, item: int, tile: Tensor, mask: Tensor, origin: tuple[int, int], request: Request) -> None:
-    want = request.want
-    tile = tile.masked_fill(~mask, 0)
-    size = tile.abs()
-    if record.abs_sum is not None:
-        record.abs_sum[item] += size.sum(dtype=torch.float64)
+def _measured(x: Tensor, request: Request) -> _Side:
+    """Lengths without over- or underflow, and which vectors are zero or hold NaN or Inf."""
+    n, d = x.shape
+    square = torch.zeros(n, dtype=torch.float64, device=x.device)
+    exponent = torch.zeros(n, dtype=torch.int32, device=x.device)
+    zero, bad = torch.ones_like(square, dtype=torch.bool), torch.zeros_like(square, dtype=torch.bool)
+    for at in _steps(0, n, d) if d else ():
+        wide = x[at].to(torch.float64)
+        largest = wide.abs().amax(1)  # NaN where one is
+        bad[at] = ~largest.isfinite()
+        zero[at] = largest == 0
+        # a power of two: exact, and no square over- or underflows
+        _, exponent[at] = torch.frexp(torch.where(zero[at] | bad[at], 1.0, largest))
+        square[at] = torch.ldexp(wide, -exponent[at].unsqueeze(1)).square_().sum(1)
+    return _Side(
+        x=x,
+        exponent=exponent,
+        length=torch.where(zero, 1.0, square.sqrt()),
+        norm_sq=torch.ldexp(square, 2 * exponent),
+        zero=zero,
+        bad=bad,
+        keep=~zero if request.normalize else torch.ones_like(zero),
+        normalize=request.normalize,
+        compute=torch.float64 if request.precision == "float64" else torch.float32,
+    )
+
+
+def _steps(start: int, stop: int, d: int) -> Iterator[slice]:
+    """Cut a range of vectors so that a float64 copy of each part stays small."""
+    step = max(1, (HELD_BYTES >> 3) // (8 * d)) if d else stop - start
+    return (slice(at, min(at + step, stop)) for at in range(start, stop, max(1, step)))
+
+
+def _tiles(left: _Side, right: _Side) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Dot products of all pairs of two sides, or of the upper triangle of one: (first row, first column), tile."""
+    (n, d), m, alone = left.x.shape, len(right.x), left is right
+    vector_bytes = max(1, d * (8 if left.compute == torch.float64 else 4))
+    rows = min(ROWS, max(1, (HELD_BYTES >> 2) // vector_bytes))
+    columns = max(1, COLUMNS // rows) * rows  # whole blocks: no diagonal crosses an edge
+    panel = max(1, HELD_BYTES // vector_bytes // rows) * rows
+    onednn = _suits_onednn(left, m)
+    for first in range(0, m, panel):
+        last = min(first + panel, m)
+        held = right.vectors(first, last)
+        chunks = [_operand(held[at : at + columns], onednn) for at in range(0, last - first, columns)]
+        for start in range(0, last if alone else n, rows):
+            stop, done = min(start + rows, n), 0
+            inside = alone and start >= first
+            block = _operand(held[start - first : stop - first] if inside else left.vectors(start, stop), onednn)
+            if inside:  # the chunk that holds the diagonal, from there on
+                done = (start - first) // columns + 1
+                beside = held[start - first : done * columns]
+                yield (start, start), _product(block, _operand(beside, onednn))
+            for index in range(done, len(chunks)):
+                yield (start, first + index * columns), _product(block, chunks[index])
+
+
+def _suits_onednn(left: _Side, m: int) -> bool:
+    """Whether oneDNN gains: a choice by shape alone, so that the bits stay the same."""
+    n, d = left.x.shape
+    float32_on_cpu = left.compute == torch.float32 and left.x.device.type == "cpu"
+    return float32_on_cpu and d >= ONEDNN_LENGTH and n * m * d >= ONEDNN_WORK and torch.backends.mkldnn.is_available()
+
+
+def _operand(vectors: Tensor, onednn: bool) -> Tensor:
+    return vectors.to_mkldnn() if onednn else vectors
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """(rows, d), (columns, d) -> (rows, columns) dot products."""
+    return functional.linear(left, right).to_dense() if left.is_mkldnn else left @ right.T
+
+
+def _total(tile: Tensor) -> Tensor:
+    """Sum in float64, row by row first: the order does not depend on the number of threads."""
+    return tile.sum(1, dtype=torch.float64).sum()
+
+
+def _fold_tile(record: GramStats, item: int, tile: Tensor, mask: Tensor | None, origin: tuple[int, int]) -> None:
+    """Add a tile that holds 0 where ``mask`` says no pair is; it is overwritten."""
     if record.sq_sum is not None:
-        record.sq_sum[item] += tile.square().sum(dtype=torch.float64)
+        record.sq_sum[item] += _total(tile.square())
     if record.sum is not None:
-        record.sum[item] += tile.sum(dtype=torch.float64)
-    if record.abs_max is not None and record.argmax is not None and bool(mask.any()):
-        ranked = size.masked_fill(~mask, -1)
-        flat = int(ranked.argmax())  # the first of equals
-        row, column = divmod(flat, tile.shape[1])
-        best = ranked[row, column].to(torch.float64)
-        if not best <= record.abs_max[item]:  # also true while it is NaN
-            record.abs_max[item] = best
-            record.argmax[item] = torch.tensor((origin[0] + row, origin[1] + column))
+        record.sum[item] += _total(tile)
+    if record.hist is not None:
+        bins = record.hist.shape[1]
+        cosines = (tile.flatten() if mask is None else tile[mask]).to(torch.float64)
+        cosines.nan_to_num_(0.0)  # poison empties the histograms that held NaN
+        index = ((cosines + 1) * (bins / 2)).floor().clamp(0, bins - 1).to(torch.int64)
+        record.hist[item] += torch.bincount(index, minlength=bins)
+    size = tile.abs_()
+    if record.abs_sum is not None:
+        record.abs_sum[item] += _total(size)
     if record.row_abs is not None:
         rows, columns = size.sum(1, dtype=torch.float64), size.sum(0, dtype=torch.float64)
         record.row_abs[item, origin[0] : origin[0] + len(rows)] += rows
         other = record.row_abs if record.row_abs_y is None else record.row_abs_y
         other[item, origin[1] : origin[1] + len(columns)] += columns
-    if record.hist is not None and want & HIST:
-        bins = record.hist.shape[1]
-        index = ((tile[mask].to(torch.float64) + 1) * (bins / 2)).floor().clamp(0, bins - 1).to(torch.int64)
-        record.hist[item] += torch.bincount(index, minlength=bins)
+    if record.abs_max is not None and record.argmax is not None:
+        ranked = size if mask is None else size.masked_fill_(~mask, -1)
+        flat = int(ranked.argmax())  # the first of equals
+        row, column = divmod(flat, tile.shape[1])
+        best = float(ranked[row, column])
+        if best < 0:
+            return
+        pair = torch.tensor((origin[0] + row, origin[1] + column), device=tile.device)
+        most = float(record.abs_max[item])
+        if not best <= most or (best == most and pair.tolist() < record.argmax[item].tolist()):  # NaN at first
+            record.abs_max[item], record.argmax[item] = best, pair
