@@ -1,0 +1,165 @@
+"""The HTML report in a real browser: charts are drawn, sorting and the filter work, nothing is fetched, nothing fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orthofast.scan import ScanResult, scan_checkpoint
+from tests.scan.checkpoints import FAMILIES, make_tensors, write
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=8000",
+)
+HOSTILE = "layers.7.</script><img src=x onerror=document.title='owned'>.weight"
+# runs before the page: keeps every error and every refused or finished request
+WATCH = """<script>
+window.problems = [];
+addEventListener("error", (event) => problems.push("error: " + event.message));
+addEventListener("unhandledrejection", (event) => problems.push("rejection: " + event.reason));
+addEventListener("securitypolicyviolation", (event) => problems.push("blocked: " + event.blockedURI));
+</script>"""
+# runs after it: uses the page as a reader would, and leaves what it saw in the DOM
+ACT = """<script>
+(async () => {
+  while (document.body.dataset.drawn !== "yes") await new Promise((go) => setTimeout(go, 50));
+  const table = document.getElementById("matrices");
+  const column = (i) => [...table.tBodies[0].rows].map((row) => row.cells[i].textContent);
+  const head = table.tHead.rows[0].cells[8];
+  const seen = { ratios: [] };
+  for (let i = 0; i < 2; i++) {
+    head.querySelector("button").focus();
+    document.activeElement.click();
+    seen.ratios.push([head.getAttribute("aria-sort"), column(8)]);
+  }
+  table.tHead.rows[0].cells[1].querySelector("button").click();
+  seen.layers = column(1);
+  const filter = document.getElementById("filter");
+  filter.value = "q_proj";
+  filter.dispatchEvent(new Event("input"));
+  seen.filtered = [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => row.cells[0].textContent);
+  seen.status = document.getElementById("shown").textContent;
+  seen.marks = Object.fromEntries([...document.querySelectorAll(".chart")].map((c) => [c.id, c.querySelectorAll("svg path").length]));
+  seen.requests = performance.getEntriesByType("resource").map((entry) => entry.name).filter((name) => !name.startsWith("data:"));
+  seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  seen.width = innerWidth;
+  seen.title = document.title;
+  seen.images = document.querySelectorAll("img").length;
+  seen.ink = getComputedStyle(document.body).color;
+  seen.problems = problems;
+  const out = document.createElement("pre");
+  out.id = "seen";
+  out.textContent = JSON.stringify(seen);
+  document.body.append(out);
+})();
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI owes a browser: apt-get install chromium")
+        pytest.skip("chromium is not installed")
+    return found
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> ScanResult:
+    family = FAMILIES["llama"]
+    tensors = make_tensors(family) | {HOSTILE: torch.randn(6, 6), "nan.weight": torch.full((3, 3), float("nan"))}
+    return scan_checkpoint(write(tmp_path_factory.mktemp("llama"), tensors, family.config))
+
+
+@pytest.fixture(scope="module", params=["desktop", "phone", "dark"])
+def seen(
+    request: pytest.FixtureRequest, chromium: str, result: ScanResult, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the page showed, and the browser's own log."""
+    folder = tmp_path_factory.mktemp(request.param)
+    page = result.to_html()
+    head, _, rest = page.partition("<head>")
+    body, _, end = rest.rpartition("</body>")
+    page = f"{head}<head>{WATCH}{body}{ACT}</body>{end}"
+    (folder / "page.html").write_text(page, "utf-8")
+    extra = {
+        "desktop": ["--window-size=1280,900"],
+        "phone": ["--window-size=390,800"],
+        "dark": ["--window-size=1280,900", "--blink-settings=preferredColorScheme=0"],
+    }[request.param]
+    line = [
+        chromium,
+        *FLAGS,
+        *extra,
+        f"--user-data-dir={folder / 'profile'}",
+        "--dump-dom",
+        (folder / "page.html").as_uri(),
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    dumped = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert dumped, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(unescape(dumped[1]))
+    return found | {"log": [text for text in done.stderr.splitlines() if "CONSOLE" in text], "mode": request.param}
+
+
+def test_nothing_is_fetched_and_nothing_fails(seen: dict[str, Any]) -> None:
+    assert seen["requests"] == []
+    assert seen["problems"] == []
+    assert seen["log"] == []
+
+
+def test_the_charts_are_drawn(seen: dict[str, Any]) -> None:
+    assert set(seen["marks"]) == {"heat-rows", "heat-cols", "curves-rows", "curves-cols"}
+    assert all(count > 10 for count in seen["marks"].values())
+
+
+def test_sorting_works_from_the_keyboard(seen: dict[str, Any], result: ScanResult) -> None:
+    (up, first), (down, second) = seen["ratios"]
+    assert (up, down) == ("ascending", "descending")
+    assert len(first) == len(result.rows)
+    ascending = [float(text) for text in first if text]
+    assert ascending == sorted(ascending)
+    assert [float(text) for text in second if text] == ascending[::-1]
+    assert first[-1] == second[-1] == ""  # what failed stays last
+    layers = [int(text) for text in seen["layers"] if text.isdecimal()]
+    assert layers == sorted(layers)
+
+
+def test_the_filter_narrows_the_table(seen: dict[str, Any], result: ScanResult) -> None:
+    assert set(seen["filtered"]) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
+    assert seen["status"] == f"4 of {len(result.rows)} shown"
+
+
+def test_foreign_names_stay_text(seen: dict[str, Any]) -> None:
+    assert "owned" not in seen["title"]
+    assert seen["images"] == 0
+
+
+def test_the_page_is_no_wider_than_the_window(seen: dict[str, Any]) -> None:
+    assert seen["wide"] <= 0
+    assert seen["width"] == (390 if seen["mode"] == "phone" else 1280)
+
+
+def test_the_dark_page_has_light_ink(seen: dict[str, Any]) -> None:
+    red = int(re.findall(r"\d+", seen["ink"])[0])
+    assert (red > 180) == (seen["mode"] == "dark")
