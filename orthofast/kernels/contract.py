@@ -67,9 +67,9 @@ def make_request(
                 f"y needs shape (b, m, d) with b={x.shape[0]} and d={x.shape[2]} as in x, got {tuple(y.shape)}"
             )
     bits = ABS_SUM if want is _DEFAULT_WANT else _want_bits(want)
+    if isinstance(bins, bool) or not isinstance(bins, int) or not 0 <= bins <= MAX_BINS:
+        raise InputError(f"bins needs an integer from 0 to {MAX_BINS}, got {bins!r}")
     if bins:
-        if not isinstance(bins, int) or not 0 < bins <= MAX_BINS:
-            raise InputError(f"bins needs an integer from 0 to {MAX_BINS}, got {bins!r}")
         if not normalize:
             raise InputError("bins needs normalize=True: the bins divide [-1, 1], the range of a cosine")
         bits |= HIST
@@ -83,7 +83,7 @@ def make_request(
         precision = "float64"
     elif precision == "high" and x.dtype != torch.float32:
         precision = "highest"  # 16-bit and 8-bit operands are exact as they are
-    return Request(x, y, bool(normalize), bits, int(bins), precision)
+    return Request(x, y, bool(normalize), bits, bins, precision)
 
 
 def _checked(x: Tensor, name: str) -> Tensor:

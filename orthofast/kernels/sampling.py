@@ -2,7 +2,8 @@
 
 Each round permutes the vectors and cuts the permutation into groups of ``g``; the pairs inside a group are folded.
 Every vector takes part equally often, so one heavy vector cannot dominate. A group's pairs are a random sample
-of all pairs, the groups' spread gives the standard error (ratio estimator, zero vectors left out).
+of all pairs, the groups' spread gives the standard error (ratio estimator, zero vectors left out). It is exact where
+few of the vectors are drawn, and up to twice too large where each is drawn several times: rounds are balanced.
 """
 
 from __future__ import annotations
