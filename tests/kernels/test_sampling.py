@@ -64,16 +64,25 @@ def test_estimate_is_unbiased_and_its_standard_error_honest(name: str, pairs: in
     spread = errors.std().item()
     assert spread > 0
     assert abs(errors.mean().item()) < 4 * spread / SEEDS**0.5
-    # 95 % of normal errors lie within 1.96; 32 groups and 200 seeds allow these bounds
+    # a round draws every vector once, which steadies the mean: then the standard error errs on the safe side
     inside = (errors.abs() < 1.96 * reported).double().mean().item()
-    assert 0.86 <= inside <= 0.995
-    assert 0.75 < reported.square().mean().sqrt().item() / spread < 1.35
+    assert inside >= 0.88
+    assert 0.85 < reported.square().mean().sqrt().item() / spread < 2
+
+
+@pytest.mark.parametrize("clusters", [0, 10])
+def test_standard_error_is_exact_where_few_vectors_are_drawn(clusters: int) -> None:
+    x = clustered(1500, 24, clusters, 0.3) if clusters else gaussian((1500, 24), 0)
+    errors, reported = errors_and_spread(x, None, 300)
+    # 95 % of normal errors lie within 1.96; 200 seeds of 32 groups allow these bounds
+    assert 0.89 <= (errors.abs() < 1.96 * reported).double().mean().item() <= 0.99
+    assert 0.8 < reported.square().mean().sqrt().item() / errors.std().item() < 1.25
 
 
 def test_cross_estimate_is_unbiased_and_its_standard_error_honest() -> None:
     errors, reported = errors_and_spread(gaussian((150, 24), 0), clustered(90, 24, 5, 0.2), 1000)
     assert abs(errors.mean().item()) < 4 * errors.std().item() / SEEDS**0.5
-    assert 0.86 <= (errors.abs() < 1.96 * reported).double().mean().item() <= 0.995
+    assert 0.88 <= (errors.abs() < 1.96 * reported).double().mean().item()
 
 
 def test_other_sums_are_unbiased() -> None:
@@ -111,7 +120,7 @@ def test_more_pairs_give_a_smaller_error(fold: Fold) -> None:
     few, many = (fold(x, sample=pairs).standard_error for pairs in (500, 50_000))
     assert few is not None
     assert many is not None
-    assert 5 < (few / many).item() < 20  # ten, as the root of a hundred
+    assert 3 < (few / many).item() < 20  # pairs that share vectors tell less than a hundred times as many
 
 
 @pytest.mark.parametrize("pairs", [1, 40, 2000])
