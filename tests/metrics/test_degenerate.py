@@ -21,7 +21,12 @@ from orthofast.metrics import (
     pii,
     singular_value_gap,
 )
-from orthofast.metrics.coherence import cosine_histogram_from, pii_from
+from orthofast.metrics.coherence import (
+    cosine_histogram_from,
+    max_coherence_from,
+    mean_squared_cosine_from,
+    pii_from,
+)
 
 COHERENCE = (pii, mean_squared_cosine)
 ALL = (pii, mean_squared_cosine, max_coherence, cosine_histogram, orthogonality_gap, diagonal_dominance)
@@ -169,3 +174,13 @@ def test_a_sample_estimates_and_a_seed_repeats_it(measure: Any) -> None:
 def test_a_sample_of_all_pairs_is_exact(measure: Any) -> None:
     weight = torch.randn(20, 12)
     assert measure(pii, weight, sample=190).item() == measure(pii, weight).item()
+
+
+def test_sums_a_rounding_over_the_number_of_pairs_are_cut_to_one() -> None:
+    record = gram_stats(torch.ones(3, 2, dtype=torch.float64), want=["abs_sum", "sq_sum", "abs_max"])
+    above = torch.tensor([3 + 4e-16 * 3], dtype=torch.float64)
+    assert above.item() > 3
+    record.abs_sum, record.sq_sum, record.abs_max = above, above, above / 3
+    assert pii_from(record).item() == 1
+    assert mean_squared_cosine_from(record).item() == 1
+    assert max_coherence_from(record).value.item() == 1

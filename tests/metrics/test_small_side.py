@@ -105,3 +105,9 @@ def test_a_named_backend_or_precision_is_still_checked() -> None:
         mean_squared_cosine(rows, backend="abacus")
     with pytest.raises(InputError, match="precision needs one of"):
         mean_squared_cosine(rows, precision="sloppy")
+
+
+def test_one_vector_among_zeros_gives_nan_whatever_rounding_leaves_of_it() -> None:
+    weight = torch.zeros(200, 12, 3)
+    weight[:, 4] = torch.randn(200, 3)
+    assert mean_squared_cosine(weight.view(2400, 3), vectors="heads", heads=200).isnan().all()
