@@ -163,6 +163,11 @@ def natural(text: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, len(word.lstrip("0")), word.lstrip("0")) if word.isdecimal() else (1, 0, word) for word in words)
 
 
+def layer_order(label: str) -> tuple[object, ...]:
+    """Sort key of the table's rows: the encoder comes before the decoder, layer 2 before layer 10."""
+    return not label.startswith("encoder."), natural(label)
+
+
 def _globs(given: str | Iterable[str] | None, name: str) -> tuple[str, ...] | None:
     if given is None:
         return None

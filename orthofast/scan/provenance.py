@@ -11,7 +11,7 @@ import numpy
 import torch
 
 from orthofast.scan.pipeline import Progress, run
-from orthofast.scan.plan import Plan, natural
+from orthofast.scan.plan import Plan, layer_order, natural
 from orthofast.scan.result import Row, ScanResult, Skipped
 from orthofast.scan.roles import ROLES
 
@@ -67,4 +67,4 @@ def own_version() -> str:
 def _order(row: Row) -> tuple[object, ...]:
     """Layers first, top to bottom, then what lies outside; the same every time."""
     role = ROLES.index(row.role) if row.role in ROLES else len(ROLES)
-    return row.layer is None, natural(row.layer or ""), role, natural(row.name), row.vectors != "rows"
+    return row.layer is None, layer_order(row.layer or ""), role, natural(row.name), row.vectors != "rows"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from orthofast.errors import OrthofastError
-from orthofast.scan.plan import natural
+from orthofast.scan.plan import layer_order
 from orthofast.scan.roles import ROLES
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ INSTALL = "pip install 'orthofast[report]'"
 BUNDLE = "window.vegaEmbed = vegaEmbed;"
 LABELLED_LAYERS = 48  # beyond that a number inside each cell cannot be read
 CELL_PX = 26
+LEVEL_CHARACTERS = 56  # of all labels together, while they fit side by side
+DOTTED_LAYERS = 40
 SIDE_TITLES = {"rows": "Rows: one vector per output", "cols": "Columns: one vector per input"}
 
 
@@ -113,7 +116,7 @@ def _grouped(result: ScanResult, side: str) -> list[dict[str, Any]]:
 
 
 def _orders(entries: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    layers = sorted({entry["layer"] for entry in entries}, key=natural)
+    layers = sorted({entry["layer"] for entry in entries}, key=layer_order)
     present = {entry["role"] for entry in entries}
     return layers, [short for role in ROLES if (short := role.removesuffix(".weight")) in present]
 
@@ -177,8 +180,10 @@ def _curves(result: ScanResult, side: str) -> dict[str, Any] | None:
     layers, roles = _orders(entries)
     if len(layers) < 2:
         return None
+    layers.sort(key=lambda layer: (not layer.startswith("encoder."), _tower(layer), layer_order(layer)))
     for entry in entries:
-        entry["depth"] = layers.index(entry["layer"])
+        entry |= {"depth": layers.index(entry["layer"]), "tower": _tower(entry["layer"])}
+    level = sum(map(len, layers)) <= LEVEL_CHARACTERS
     named = _data(entries)
     focus = altair.selection_point(fields=["role"], bind="legend")
     hollow = altair.condition(focus, altair.value(1.0), altair.value(0.12))
@@ -186,11 +191,11 @@ def _curves(result: ScanResult, side: str) -> dict[str, Any] | None:
         "layer:O",
         sort=layers,
         title="layer",
-        axis=altair.Axis(labelAngle=0 if len(layers) <= 24 and _short(layers) else -60, labelOverlap=True),
+        axis=altair.Axis(labelAngle=0 if level else -60, labelOverlap=True),
     )
     lines = (
         altair.Chart(named)
-        .mark_line(point=altair.OverlayMarkDef(size=28), strokeWidth=1.8)
+        .mark_line(point=altair.OverlayMarkDef(size=28) if len(layers) <= DOTTED_LAYERS else False, strokeWidth=1.8)
         .encode(
             x=across,
             y=altair.Y("ratio:Q", title="PII / isotropic baseline", scale=altair.Scale(zero=False, nice=True)),
@@ -203,6 +208,7 @@ def _curves(result: ScanResult, side: str) -> dict[str, Any] | None:
             strokeDash=altair.StrokeDash("role:N", sort=roles, legend=None),
             opacity=hollow,
             order=altair.Order("depth:Q"),
+            detail="tower:N",
             tooltip=[
                 altair.Tooltip("role:N"),
                 altair.Tooltip("layer:N"),
@@ -219,8 +225,9 @@ def _curves(result: ScanResult, side: str) -> dict[str, Any] | None:
     return _specified(altair.layer(lines, chance).properties(width="container", height=260, description=described))
 
 
-def _short(layers: list[str]) -> bool:
-    return all(len(layer) <= 3 for layer in layers)
+def _tower(layer: str) -> str:
+    """The label without its number: a curve must not run on from one stack into the next."""
+    return re.sub(r"\d+", "", layer) if layer.startswith(("encoder.", "decoder.")) or layer.isdecimal() else ""
 
 
 def _data(values: list[dict[str, Any]]) -> dict[str, Any]:

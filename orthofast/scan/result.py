@@ -15,7 +15,7 @@ from typing import Any
 
 from orthofast.errors import InputError
 from orthofast.scan import report
-from orthofast.scan.plan import natural
+from orthofast.scan.plan import layer_order
 from orthofast.scan.roles import ROLES, TABLE5
 
 SCHEMA_VERSION = 1
@@ -147,7 +147,7 @@ class ScanResult:
                 layers.add(row.layer)
                 if row.pii is not None:
                     groups.setdefault((row.layer, row.role), []).append(row)
-        order = tuple(sorted(layers, key=natural))
+        order = tuple(sorted(layers, key=layer_order))
         columns = TABLE5 if layers else ()
         spreads = {key: spread for key, rows in groups.items() if (spread := _spread(rows)) is not None}
         footer = {}

@@ -1,4 +1,4 @@
-"""Broken and hostile files: one clear sentence that names the file, never a crash or a hang, the rest still measured."""
+"""Broken and hostile files: one sentence that names the file, never a crash or a hang, the rest still measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from orthofast.errors import CheckpointError, OrthofastError
+from orthofast.errors import CheckpointError
 from orthofast.scan import pipeline, scan_checkpoint
 from orthofast.scan.plan import make_plan
 from orthofast.scan.provenance import measure
@@ -109,9 +109,12 @@ def test_any_entries_never_crash(entries: dict[str, object], tmp_path: Path) -> 
 def _refused_or_scanned(file: Path) -> None:
     try:
         result = scan_checkpoint(file)
-    except OrthofastError as error:
-        assert isinstance(error, CheckpointError)
-        assert file.name in str(error)
+    except CheckpointError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    if refusal:
+        assert file.name in refusal
         return
     for row in result.rows:
         assert row.error is None or file.name in row.error or "NaN or Inf" in row.error

@@ -85,7 +85,7 @@ def test_markdown_survives_foreign_names(result: ScanResult) -> None:
 
 def test_the_table_holds_mean_min_max_and_baseline(result: ScanResult) -> None:
     table = result.table5("rows")
-    assert table.layers == ("decoder.0", "decoder.0.cross", "encoder.0")
+    assert table.layers == ("encoder.0", "decoder.0", "decoder.0.cross")
     assert table.columns == ("Query", "Keys", "Values", "Atten_Output", "Linear_1.weight", "Linear_2.weight")
     assert ("decoder.0.cross", "Linear_1.weight") not in table.cells
     values = [table.cells[layer, "Query"] for layer in table.layers]

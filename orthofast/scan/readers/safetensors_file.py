@@ -104,7 +104,7 @@ def _header(file: Path, size: int) -> tuple[dict[str, object], int]:
             length = int.from_bytes(start[:8], "little")
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{file.name} is no safetensors file: a header of {length} bytes, over the limit of {MAX_HEADER_BYTES}"
+                    f"{file.name} is no safetensors file: header of {length} bytes, the limit is {MAX_HEADER_BYTES}"
                 )
             if length > size - 8:
                 raise CheckpointError(
