@@ -39,12 +39,13 @@ def relative_error(value: float, expected: float) -> float:
 def tolerance(n: int, *, exact: bool) -> float:
     """Largest relative error one of our backends may show on Gaussian data of ``n`` vectors.
 
-    Exact operands: 1e-6. Operands rounded to bfloat16: each cosine moves by about one rounding, at random, so the mean
-    of n(n-1)/2 moves by that over the root of their number; five times this, and 1e-5 for what is not random.
+    Exact operands: 1e-6. Operands rounded to bfloat16: each cosine moves at random, so the mean of n(n-1)/2 moves by
+    one to 1.6 roundings over the root of their number (64x576: 7e-5, rms of 60 draws). Allowed are eight roundings,
+    five such deviations, and 1e-5 for what is not random.
     """
     if exact:
         return EXACT_TOLERANCE
-    return 1e-5 + 5 * BF16_ROUNDING / math.sqrt(max(1, n * (n - 1) // 2))
+    return 1e-5 + 8 * BF16_ROUNDING / math.sqrt(max(1, n * (n - 1) // 2))
 
 
 def product_error(product: Tensor, vectors: Tensor, rows: int = 16) -> float:

@@ -79,14 +79,23 @@ def targets(verdicts: Sequence[Verdict]) -> str:
         allowed = "" if worst is None or worst.limit is None else f"{worst.limit:.2f}{_unit(target.unit)}"
         moonshot = "" if target.moonshot is None else f" (moonshot {target.moonshot:g})"
         bound = f"{'at least' if target.at_least else 'under'} {target.bound:g}{_unit(target.unit)}{moonshot}"
-        spots = "; ".join(
-            f"{shape} {dtype}, {threads} thr: {'–' if f.value is None else f'{f.value:.3g}'}"
-            for f in verdict.findings
-            for shape, dtype, threads in (f.place,)
-        )
+        spots = _spots(verdict)
         value = "–" if verdict.worst is None else f"{verdict.worst:.3g}{_unit(target.unit)}"
         rows.append((target.text, bound, value, allowed, verdict.word, spots))
-    return table(("target", "bound", "worst measured", "arithmetic allows there", "verdict", "each place"), rows)
+    return table(
+        ("target", "bound", "worst measured", "arithmetic allows there", "verdict", "each place (1 / 2 threads)"), rows
+    )
+
+
+def _spots(verdict: Verdict) -> str:
+    """Each place's value; thread counts of one shape and dtype side by side."""
+    grouped: dict[str, list[str]] = {}
+    for finding in verdict.findings:
+        shape, dtype, _ = finding.place
+        grouped.setdefault(f"{shape} {dtype}".strip(), []).append(
+            "–" if finding.value is None else f"{finding.value:.3g}"
+        )
+    return "; ".join(f"{place}: {' / '.join(values)}" for place, values in grouped.items())
 
 
 def ceilings(results: Results) -> str:

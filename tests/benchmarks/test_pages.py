@@ -67,6 +67,7 @@ def test_the_full_page_names_reasons_verdicts_and_what_was_unset():
     assert "`keops`: too slow" in text
     assert "OPENBLAS_CORETYPE=Haswell" in text
     assert "not measured" in text
+    assert "4096x4096 float32: 4 / –; 8192x8192 float32: – / –" in text
     assert "30 ms (process pairs), 28 ms (timed by itself)" in text
 
 
