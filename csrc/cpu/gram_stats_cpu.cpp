@@ -18,7 +18,15 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kFlopWorthAThread = 2e6;   // below, waking a second thread costs more than it saves
 constexpr int64_t kVectorsAtOnce = 128;     // vectors a thread measures at a time
 constexpr double kRoundingAllowed = 1e-4;   // relative error of the mean through rounded tiles
-constexpr int64_t kScratchSlack = 64;
+constexpr size_t kLine = 64;                // bytes of a cache line
+constexpr size_t kStripsBytes = size_t{24} << 20;  // packed strips of all threads together
+
+constexpr size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+// Where the parts of a thread's scratch memory begin.
+struct Layout {
+  size_t hist, strip, strip_bytes, total;
+};
 
 // The floats of all sides, the partials of all tasks: allocated once a call.
 struct Plan {
@@ -147,7 +155,8 @@ FoldBlock fold_of(const KernelTable& table, Kind kind) {
 }
 
 // One task of one item, on the thread that drew it.
-void fold_task(const KernelTable& table, const Item& item, int64_t entry, char* workspace, Partial& out) {
+void fold_task(const KernelTable& table, const Item& item, int64_t entry, uint64_t call, const Layout& layout,
+               char* workspace, Partial& out) {
   const GramArgs& request = *item.request;
   const BlockPair at = request.cross ? rectangle_pair(entry, item.row_blocks) : triangle_pair(entry, item.row_blocks);
   double left_abs[kMaxBlock], right_abs[kMaxBlock];
@@ -163,6 +172,9 @@ void fold_task(const KernelTable& table, const Item& item, int64_t entry, char* 
   task.d = request.d;
   task.want = request.want;
   task.bins = request.bins;
+  task.right_key = call + static_cast<uint64_t>(at.col);
+  task.strip = workspace + layout.strip;
+  task.strip_bytes = layout.strip_bytes;
   if (request.want & kRowAbs) {
     std::fill_n(left_abs, task.rows, 0.0);
     std::fill_n(right_abs, task.cols, 0.0);
@@ -170,11 +182,11 @@ void fold_task(const KernelTable& table, const Item& item, int64_t entry, char* 
     task.right_abs = right_abs;
   }
   if (request.want & kHist) {
-    task.hist = reinterpret_cast<int64_t*>(workspace + (table.workspace_bytes + kScratchSlack - 1) / kScratchSlack * kScratchSlack);
+    task.hist = reinterpret_cast<int64_t*>(workspace + layout.hist);
     std::fill_n(task.hist, task.bins, int64_t{0});
   }
   fold_of(table, item.kind)(task, workspace, out);
-  if (request.want & kRowAbs) {
+  if ((request.want & kRowAbs) && !item.row_overflow) {
     add_row_sums(item.row_sum_x + task.row0, left_abs, task.rows, item.row_scale);
     add_row_sums((request.cross ? item.row_sum_y : item.row_sum_x) + task.col0, right_abs, task.cols, item.row_scale);
   }
@@ -186,29 +198,48 @@ void fold_task(const KernelTable& table, const Item& item, int64_t entry, char* 
   }
 }
 
+Layout lay_out(const KernelTable& table, int32_t bins, int64_t depth, int threads) {
+  Layout layout{};
+  layout.hist = whole_lines(table.workspace_bytes);
+  layout.strip = layout.hist + whole_lines(sizeof(int64_t) * static_cast<size_t>(bins));
+  // 8 bytes an element covers every arithmetic
+  const size_t wanted = whole_lines(static_cast<size_t>(depth) * static_cast<size_t>(kMaxBlock) * 8);
+  layout.strip_bytes = std::min(wanted, kStripsBytes / static_cast<size_t>(threads) / kLine * kLine);
+  layout.total = layout.strip + layout.strip_bytes;
+  return layout;
+}
+
 // Folds these items; partials of an item are joined in the order of its tasks.
 void fold_items(const KernelTable& table, const std::vector<Item*>& items, std::vector<Partial>& totals, int threads) {
   std::vector<size_t> order(items.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   const auto cost = [&](size_t i) { return items[i]->request->d * std::min(items[i]->block, items[i]->x.view.n); };
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return cost(a) > cost(b); });
-  std::vector<int64_t> starts(items.size() + 1, 0);
+  std::vector<int64_t> starts(items.size() + 1, 0), blocks(items.size() + 1, 1);
   int32_t bins = 0;
+  int64_t depth = 0;
   for (size_t i = 0; i < order.size(); ++i) {
-    starts[i + 1] = starts[i] + items[order[i]]->tasks;
-    bins = std::max(bins, items[order[i]]->request->bins);
+    const Item& item = *items[order[i]];
+    starts[i + 1] = starts[i] + item.tasks;
+    blocks[i + 1] = blocks[i] + item.col_blocks;
+    bins = std::max(bins, item.request->bins);
+    if (item.col_blocks > 1) depth = std::max(depth, item.request->d);
   }
+  const Layout layout = lay_out(table, bins, depth, threads);
+  // keys of this call's blocks; no other call of the process uses them
+  static std::atomic<uint64_t> keys{1};
+  const uint64_t call = keys.fetch_add(static_cast<uint64_t>(blocks.back()), std::memory_order_relaxed);
   std::vector<Partial> partials(static_cast<size_t>(starts.back()), empty_partial());
   std::atomic<bool> starved{false};
-  const size_t bytes = table.workspace_bytes + kScratchSlack + sizeof(int64_t) * static_cast<size_t>(bins);
   run_team(threads, starts.back(), [&](int64_t t) {
-    char* workspace = scratch_of_this_thread().get(bytes);
+    char* workspace = scratch_of_this_thread().get(layout.total);
     if (workspace == nullptr) {
       starved = true;
       return;
     }
     const size_t slot = static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), t) - starts.begin()) - 1;
-    fold_task(table, *items[order[slot]], t - starts[slot], workspace, partials[static_cast<size_t>(t)]);
+    fold_task(table, *items[order[slot]], t - starts[slot], call + static_cast<uint64_t>(blocks[slot]), layout, workspace,
+              partials[static_cast<size_t>(t)]);
   });
   if (starved) throw std::bad_alloc();
   for (size_t i = 0; i < order.size(); ++i) {
@@ -254,10 +285,10 @@ void write_item(const Item& item, Partial total) {
   counts[3] = none ? -1 : total.i;
   counts[4] = none ? -1 : total.j;
   if (request.want & kRowAbs) {
-    const bool overflow = item.row_scale == 0 && !request.normalize && item.tasks > 0;
-    write_row_sums(item, item.x, item.row_sum_x, request.x.row_abs + item.index * request.x.n, nonfinite || overflow);
+    const bool poisoned = nonfinite || item.row_overflow;
+    write_row_sums(item, item.x, item.row_sum_x, request.x.row_abs + item.index * request.x.n, poisoned);
     if (request.cross) {
-      write_row_sums(item, item.y, item.row_sum_y, request.y.row_abs + item.index * request.y.n, nonfinite || overflow);
+      write_row_sums(item, item.y, item.row_sum_y, request.y.row_abs + item.index * request.y.n, poisoned);
     }
   }
   if ((request.want & kHist) && item.tasks > 0) {

@@ -127,8 +127,10 @@ void settle(Item& item) {
   item.col_blocks = block_count(m, item.block);
   item.tasks = !fold ? 0 : request.cross ? item.row_blocks * item.col_blocks : triangle_entries(item.row_blocks);
   // a sum over `longer` partners fits in 62 bits at this scale
-  const double bound = (request.normalize ? 1.01 : item.x.longest * item.right().longest * 1.01) * static_cast<double>(longer + 1);
-  item.row_scale = bound > 0 && std::isfinite(bound) ? 61 - std::ilogb(bound) : 0;
+  const double product = request.normalize ? 1.01 : item.x.longest * item.right().longest * 1.01;
+  const double bound = product * static_cast<double>(longer + 1);
+  item.row_overflow = !std::isfinite(bound) || (item.kind != Kind::f64 && product > std::numeric_limits<float>::max());
+  item.row_scale = bound > 0 && !item.row_overflow ? 61 - std::ilogb(bound) : 0;
 }
 
 }  // namespace orthofast

@@ -30,6 +30,7 @@ struct Item {
   int64_t pairs = 0, visited = 0;  // visited counts the pairs with zero vectors too
   int64_t first_partial = 0;
   int row_scale = 0;               // sums per vector are integers times 2^-row_scale
+  bool row_overflow = false;       // raw products may leave the range: sums per vector are NaN
   std::atomic<int64_t>* row_sum_x = nullptr;
   std::atomic<int64_t>* row_sum_y = nullptr;
 

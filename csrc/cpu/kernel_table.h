@@ -33,6 +33,9 @@ struct BlockTask {
   double* left_abs;   // (rows,) out: sums of |.| per vector, null unless kRowAbs
   double* right_abs;  // (cols,) out
   int64_t* hist;      // (bins,) out: counts of this task alone, null unless kHist
+  uint64_t right_key;  // names the right block within the process; a thread packs it once for tasks in a row
+  char* strip;         // strip_bytes for the packed right block over the whole of d, aligned to 64
+  size_t strip_bytes;
 };
 
 using FoldBlock = void (*)(const BlockTask&, char* workspace, Partial& out);

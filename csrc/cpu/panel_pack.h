@@ -7,7 +7,7 @@ namespace orthofast {
 namespace {
 
 // Packs vectors row0 .. row0+rows-1, source elements k0 .. k0+depth-1, as panels of A::kPanel vectors:
-// out[panel][k][vector], zero where a panel is not full. `depth` is a multiple of A::kStep except at the end.
+// out[panel][k][vector], zero where a vector register is not full; registers beyond the last vector are never read. `depth` is a multiple of A::kStep except at the end.
 template <class A, Dtype S>
 struct Packer {
   using Elem = typename A::Elem;
@@ -24,20 +24,24 @@ struct Packer {
   }
 
   void run(Elem* out) const {
+    if (view.stride_n == 1 && view.stride_d != 1 && view.exponent == nullptr) {
+      run_across(out);
+      return;
+    }
     for (int64_t panel = 0; panel < rows; panel += A::kPanel) {
-      for (int64_t lane = 0; lane < A::kPanel; lane += kLanes) pack_lanes(panel + lane, out + lane);
+      for (int64_t lane = 0; lane < A::kPanel && panel + lane < rows; lane += kLanes) {
+        const int64_t first = panel + lane;
+        int64_t k = 0;
+        if (view.stride_d == 1 && view.exponent == nullptr && first + kLanes <= rows) k = along(first, out + lane);
+        one_by_one(first, k, out + lane);
+      }
       out += A::kPanel * steps;
     }
   }
 
-  // kLanes vectors from `first`, written with a stride of one panel row per k
-  void pack_lanes(int64_t first, Elem* out) const {
+  // kLanes vectors from `first`, packed elements from k on; any strides, scales and ends
+  void one_by_one(int64_t first, int64_t k, Elem* out) const {
     const int64_t here = rows - first < kLanes ? rows - first : kLanes;
-    int64_t k = 0;
-    if (here == kLanes && view.exponent == nullptr) {
-      if (view.stride_d == 1 && sizeof(Elem) == 4) k = along(first, out);
-      if (view.stride_n == 1 && k == 0) k = across(first, out);
-    }
     for (; k < steps; ++k) {
       Elem* line = out + k * A::kPanel;
       for (int64_t e = 0; e < kLanes; ++e) {
@@ -65,14 +69,23 @@ struct Packer {
     return k;
   }
 
-  // vectors side by side in memory (columns): each k is one load
-  int64_t across(int64_t first, Elem* out) const {
-    int64_t k = 0;
-    for (; k < steps && k0 + (k + 1) * A::kStep <= d; ++k) {
-      const T* source = at(row0 + first, k0 + k * A::kStep);
-      store_as(out + k * A::kPanel, A::template across<S>(source, source + view.stride_d, view.table8));
+  // vectors side by side in memory (columns): a line of the block at a time, so that memory is read in long runs
+  void run_across(Elem* out) const {
+    int64_t whole = (d - k0) / A::kStep < steps ? (d - k0) / A::kStep : steps;
+    const int64_t lanes_end = rows - rows % kLanes;
+    for (int64_t k = 0; k < whole; ++k) {
+      const T* source = at(row0, k0 + k * A::kStep);
+      Elem* line = out + k * A::kPanel;
+      int64_t lane = 0;
+      for (int64_t first = 0; first < lanes_end; first += kLanes) {
+        store_as(line + lane, A::template across<S>(source + first, source + first + view.stride_d, view.table8));
+        lane += kLanes;
+        if (lane == A::kPanel) lane = 0, line += A::kPanel * steps;
+      }
     }
-    return k;
+    for (int64_t first = 0; first < rows; first += kLanes) {
+      one_by_one(first, first < lanes_end ? whole : 0, out + first / A::kPanel * A::kPanel * steps + first % A::kPanel);
+    }
   }
 };
 

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #ifndef _OPENMP
 #include <thread>
@@ -56,15 +57,20 @@ class Scratch {
       std::free(memory_);
       size_ = (bytes + kHuge - 1) / kHuge * kHuge;
       memory_ = static_cast<char*>(std::aligned_alloc(kHuge, size_));
-      if (memory_ == nullptr) size_ = 0;
+      if (memory_ == nullptr) {
+        size_ = 0;
+        return nullptr;
+      }
+      std::memset(memory_, 0, kCleared);
 #ifdef __linux__
-      if (memory_ != nullptr) madvise(memory_, size_, MADV_HUGEPAGE);  // advice only
+      madvise(memory_, size_, MADV_HUGEPAGE);  // advice only
 #endif
     }
     return memory_;
   }
 
  private:
+  static constexpr size_t kCleared = 4096;  // what a fresh workspace starts with must not look like a key
   static constexpr size_t kHuge = size_t{2} << 20;
   char* memory_ = nullptr;
   size_t size_ = 0;
