@@ -95,7 +95,9 @@ def test_rule_accepts_right_numbers(item: tuple[GramStats, oracle.Truth, toleran
 
 @pytest.mark.parametrize("name", [*WANT, "norm_sq"])
 @pytest.mark.parametrize("wrong", ["off", "nan"])
-def test_rule_refuses_wrong_floats(item: tuple[GramStats, oracle.Truth, tolerance.Plain], name: str, wrong: str) -> None:
+def test_rule_refuses_wrong_floats(
+    item: tuple[GramStats, oracle.Truth, tolerance.Plain], name: str, wrong: str
+) -> None:
     got, truth, rival = item
     value = getattr(got, name).clone()
     pairs = truth.pairs if name in ("abs_sum", "sq_sum", "sum") else 39 if name == "row_abs" else 1
@@ -169,7 +171,16 @@ def test_band_accepts_exact_counts_and_moves_at_an_edge() -> None:
         ([2, 0, 2, 1, 1, 1, 2, -1], 1e-3),
         ([2, 0, 2, 1, 1, 1, 1, 1], 0.2),
     ],
-    ids=["too-many-moved", "two-bins-on", "outside-band", "last", "ends-swapped", "one-lost", "negative", "band-too-wide"],
+    ids=[
+        "too-many-moved",
+        "two-bins-on",
+        "outside-band",
+        "last",
+        "ends-swapped",
+        "one-lost",
+        "negative",
+        "band-too-wide",
+    ],
 )
 def test_band_refuses_wrong_counts(counts: list[int], band: float) -> None:
     with pytest.raises(AssertionError):

@@ -72,7 +72,9 @@ def assert_error(what: str, got: float, truth: float, rival: float, scale: float
     error, allowed = abs(got - truth) / scale, abs(rival - truth) / scale
     assert math.isfinite(allowed), f"{what}: plain torch gives {rival}, so the rule would hold for anything"
     limit = 2 * allowed + floor
-    assert error <= limit, f"{what}: error {error:.3g} is over {limit:.3g} (got {got!r}, truth {truth!r}, plain {rival!r})"
+    assert error <= limit, (
+        f"{what}: error {error:.3g} is over {limit:.3g} (got {got!r}, truth {truth!r}, plain {rival!r})"
+    )
 
 
 def assert_norms(got: Tensor | None, truth: Array, floor: float, what: str = "norm_sq") -> None:
@@ -98,7 +100,9 @@ def assert_within_rule(
     """
     assert got.pairs[item].item() == truth.pairs, f"pairs: got {got.pairs[item].item()}, truth {truth.pairs}"
     assert got.zero[item].item() == truth.zero, f"zero: got {got.zero[item].item()}, truth {truth.zero}"
-    assert got.nonfinite[item].item() == truth.nonfinite, f"nonfinite: got {got.nonfinite[item]}, truth {truth.nonfinite}"
+    assert got.nonfinite[item].item() == truth.nonfinite, (
+        f"nonfinite: got {got.nonfinite[item]}, truth {truth.nonfinite}"
+    )
     assert got.norm_sq is not None
     assert_norms(got.norm_sq[item], truth.norm_sq, floor)
     if truth.norm_sq_y is not None:
@@ -164,5 +168,6 @@ def assert_hist_within_band(hist: Tensor, cosines: Array, band: float) -> None:
     most = np.searchsorted(ordered, edges + band, side="right")
     wrong = np.flatnonzero((below < fewest) | (below > most))
     assert len(wrong) == 0, (
-        f"hist: left of {edges[wrong[0]]:.4f} lie {fewest[wrong[0]]} to {most[wrong[0]]} pairs, counted {below[wrong[0]]}"
+        f"hist: left of {edges[wrong[0]]:.4f} lie {fewest[wrong[0]]} to {most[wrong[0]]} pairs, "
+        f"counted {below[wrong[0]]}"
     )

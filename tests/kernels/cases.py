@@ -69,7 +69,7 @@ def gaussian(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float
     """Normal entries with a common part, so that cosines are neither all tiny nor all of one sign."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64)
-    tilt = torch.randn(shape[:-1] + (1,), generator=generator, dtype=torch.float64)
+    tilt = torch.randn((*shape[:-1], 1), generator=generator, dtype=torch.float64)
     return (values + 0.5 * tilt).to(dtype)
 
 
@@ -158,10 +158,7 @@ SHAPES = [
     Case(48, 257, b=3),
 ]
 TYPES = [
-    Case(n, d, dtype, layout, b)
-    for dtype in DTYPES
-    for n, d, b in ((63, 100, 1), (50, 257, 2))
-    for layout in LAYOUTS
+    Case(n, d, dtype, layout, b) for dtype in DTYPES for n, d, b in ((63, 100, 1), (50, 257, 2)) for layout in LAYOUTS
 ] + [
     *(Case(n, d, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64) for n, d in ((385, 65), (97, 513))),
     *(Case(n, d, dtype) for dtype in DTYPES for n, d in ((1, 5), (2, 1), (7, 3), (0, 4), (4, 0))),

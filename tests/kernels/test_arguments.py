@@ -18,7 +18,11 @@ BAD_INPUT: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[str]]] = {
     "x-none": ((None,), {}, ["x needs a torch.Tensor", "got NoneType"]),
     "x-integer": ((torch.ones(4, 3, dtype=torch.int64),), {}, ["x needs a floating-point dtype", "got torch.int64"]),
     "x-bool": ((torch.ones(4, 3, dtype=torch.bool),), {}, ["x needs a floating-point dtype", "got torch.bool"]),
-    "x-complex": ((torch.ones(4, 3, dtype=torch.complex64),), {}, ["x needs a floating-point dtype", "got torch.complex64"]),
+    "x-complex": (
+        (torch.ones(4, 3, dtype=torch.complex64),),
+        {},
+        ["x needs a floating-point dtype", "got torch.complex64"],
+    ),
     "x-sparse": ((X.to_sparse(),), {}, ["x needs a dense tensor", "torch.sparse_coo", ".to_dense()"]),
     "x-meta": ((torch.ones(4, 3, device="meta"),), {}, ["x is on the meta device"]),
     "x-scalar": ((torch.tensor(1.0),), {}, ["x needs shape (b, n, d) or (n, d)", "got ()"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -55,14 +56,16 @@ def calls(spies: dict[str, Spy]) -> dict[str, int]:
 
 
 def test_order_on_a_cpu_and_elsewhere() -> None:
-    assert dispatch.order_for(make_request(X)) == ("native_cpu", "numba_cpu", "reference")
-    assert set(dispatch.NAMES) == {name for order in dispatch.ORDER.values() for name in order} | set(dispatch.ANY_DEVICE)
+    order = dispatch.order_for(make_request(X))
+    assert order == ("native_cpu", "numba_cpu", "reference")
+    ordered = {name for order in dispatch.ORDER.values() for name in order}
+    assert ordered | set(dispatch.ANY_DEVICE) == set(dispatch.NAMES)
     assert all(order[-1] == "reference" for order in dispatch.ORDER.values())
 
 
 def test_every_backend_is_a_file_with_its_name() -> None:
     for name in dispatch.NAMES:
-        assert dispatch.load(name).NAME == name
+        assert name == dispatch.load(name).NAME
 
 
 def test_first_that_can_serves(spies: dict[str, Spy]) -> None:
@@ -101,12 +104,9 @@ def test_a_named_backend_that_cannot_is_refused(
     if way == "environment":
         monkeypatch.setenv("ORTHOFAST_BACKEND", name)
     argument = name if way == "argument" else None
-    with pytest.raises(BackendError, match=message):
-        if way == "block":
-            with dispatch.use_backend(name):
-                gram_stats(X)
-        else:
-            gram_stats(X, backend=argument)
+    block = dispatch.use_backend(name) if way == "block" else nullcontext()
+    with pytest.raises(BackendError, match=message), block:
+        gram_stats(X, backend=argument)
     if way != "block":
         with pytest.raises(BackendError, match=message):
             gram_stats_many([X], backend=argument)
@@ -181,7 +181,9 @@ def test_many_requests_go_to_a_backend_together_and_come_back_in_order(
         return None if request.x.dtype == torch.float32 else "float32 only"
 
     monkeypatch.setattr(spies["native_cpu"], "supports", only_float32)
-    records = gram_stats_many([gaussian((n, 4), n, dtype) for n, dtype in ((2, torch.float32), (3, torch.float64), (4, torch.float32))])
+    records = gram_stats_many(
+        [gaussian((n, 4), n, dtype) for n, dtype in ((2, torch.float32), (3, torch.float64), (4, torch.float32))]
+    )
     assert [record.pairs.item() for record in records] == [1, 3, 6]
     assert calls(spies) == {"native_cpu": 2, "numba_cpu": 1}
 

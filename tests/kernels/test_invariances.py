@@ -27,6 +27,12 @@ SCALES = {
 }
 
 
+def field(record: GramStats, name: str = "row_abs") -> Tensor:
+    value = getattr(record, name)
+    assert isinstance(value, Tensor)
+    return value
+
+
 def scales(n: int, seed: int, low: int, high: int) -> Tensor:
     """(n, 1) powers of two of either sign: multiplication by them is exact."""
     random = np.random.default_rng(seed)
@@ -45,7 +51,7 @@ def test_scale_and_sign_of_a_vector_do_not_matter(fold: Fold, n: int, d: int, se
     assert_record(got, scaled, rival_x=(wide(x) * factor.sign()).to(dtype))
     plain = fold(x, want=ALL)
     assert torch.equal(got.pairs, plain.pairs)
-    np.testing.assert_allclose(got.abs_sum, plain.abs_sum, rtol=0, atol=1e-6 * n * n)
+    np.testing.assert_allclose(field(got, "abs_sum"), field(plain, "abs_sum"), rtol=0, atol=1e-6 * n * n)
 
 
 @given(n=SIDES, d=LENGTHS, seed=SEEDS, dtype=TYPES)
@@ -56,10 +62,8 @@ def test_order_of_vectors_does_not_matter(fold: Fold, n: int, d: int, seed: int,
     floor = 2 * tolerance.FLOOR[tolerance.compute_dtype(x)] * 4
     for name in ("abs_sum", "sq_sum", "sum"):
         np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=0, atol=floor * n * n, err_msg=name)
-    assert left.row_abs is not None
-    assert right.row_abs is not None
-    np.testing.assert_allclose(left.row_abs[:, order], right.row_abs, rtol=0, atol=floor * n)
-    np.testing.assert_allclose(left.abs_max, right.abs_max, rtol=0, atol=floor)
+    np.testing.assert_allclose(field(left)[:, order], field(right), rtol=0, atol=floor * n)
+    np.testing.assert_allclose(field(left, "abs_max"), field(right, "abs_max"), rtol=0, atol=floor)
 
 
 @given(n=SIDES, d=LENGTHS, seed=SEEDS)
@@ -71,7 +75,7 @@ def test_rotation_does_not_matter(fold: Fold, n: int, d: int, seed: int) -> None
     # float32 rounding of the rotated entries moves a cosine by about an ulp
     for name in ("abs_sum", "sq_sum", "sum"):
         np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=0, atol=1e-6 * n * n, err_msg=name)
-    np.testing.assert_allclose(left.abs_max, right.abs_max, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(field(left, "abs_max"), field(right, "abs_max"), rtol=0, atol=2e-6)
     assert_record(right, rotated)
 
 
@@ -93,31 +97,27 @@ def test_blocks_and_cross_are_the_whole(
     assert not joined.cross
     joined.norm_sq, joined.row_abs = whole.norm_sq, whole.row_abs  # per-vector fields are not carried over
     assert_record(joined, x)
-    rows = torch.cat([_row_abs(parts[0]) + _row_abs(parts[2]), _row_abs(parts[1]) + _row_abs(parts[2], "row_abs_y")], 1)
-    np.testing.assert_allclose(rows, _row_abs(whole), rtol=0, atol=1e-6 * n)
+    rows = torch.cat([field(parts[0]) + field(parts[2]), field(parts[1]) + field(parts[2], "row_abs_y")], 1)
+    np.testing.assert_allclose(rows, field(whole), rtol=0, atol=1e-6 * n)
     assert joined.hist is not None
     assert torch.equal(joined.hist.sum(1), whole.pairs)
-
-
-def _row_abs(record: GramStats, name: str = "row_abs") -> Tensor:
-    value = getattr(record, name)
-    assert isinstance(value, Tensor)
-    return value
 
 
 @given(n=SIDES, m=SIDES, d=LENGTHS, seed=SEEDS)
 def test_cross_fold_is_symmetric(fold: Fold, n: int, m: int, d: int, seed: int) -> None:
     x, y = gaussian((1, n, d), seed), gaussian((1, m, d), seed + 1)
     left, right = fold(x, y, want=ALL), fold(y, x, want=ALL)
-    np.testing.assert_allclose(left.sum, right.sum, rtol=0, atol=1e-6 * n * m)
-    np.testing.assert_allclose(_row_abs(left), _row_abs(right, "row_abs_y"), rtol=0, atol=1e-6 * m)
-    np.testing.assert_allclose(_row_abs(left, "row_abs_y"), _row_abs(right), rtol=0, atol=1e-6 * n)
+    np.testing.assert_allclose(field(left, "sum"), field(right, "sum"), rtol=0, atol=1e-6 * n * m)
+    np.testing.assert_allclose(field(left), field(right, "row_abs_y"), rtol=0, atol=1e-6 * m)
+    np.testing.assert_allclose(field(left, "row_abs_y"), field(right), rtol=0, atol=1e-6 * n)
     assert left.norm_sq is not None
     assert right.norm_sq_y is not None
     np.testing.assert_allclose(left.norm_sq, right.norm_sq_y, rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", [Case(97, 130), Case(49, 66, torch.bfloat16), Case(50, 257, torch.float8_e4m3fn)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(97, 130), Case(49, 66, torch.bfloat16), Case(50, 257, torch.float8_e4m3fn)], ids=str
+)
 @pytest.mark.parametrize("layout", ["cols", "strided", "offset"])
 def test_layout_does_not_change_a_bit(fold: Fold, case: Case, layout: str) -> None:
     laid_out = Case(case.n, case.d, case.dtype, layout).x()
@@ -141,8 +141,10 @@ def test_items_of_a_batch_do_not_touch_each_other(fold: Fold, dtype: torch.dtype
 
 
 def test_merge_leaves_out_what_not_all_parts_carry() -> None:
-    one = GramStats(*(torch.tensor([k]) for k in (3, 1, 0)), abs_sum=torch.tensor([1.5]), sum=torch.tensor([0.5]))
-    two = GramStats(*(torch.tensor([k]) for k in (4, 0, 0)), abs_sum=torch.tensor([0.25]))
+    one = GramStats(
+        torch.tensor([3]), torch.tensor([1]), torch.tensor([0]), abs_sum=torch.tensor([1.5]), sum=torch.tensor([0.5])
+    )
+    two = GramStats(torch.tensor([4]), torch.tensor([0]), torch.tensor([0]), abs_sum=torch.tensor([0.25]))
     joined = merge([one, two])
     assert (joined.pairs.item(), joined.zero.item(), joined.sum) == (7, 1, None)
     assert joined.abs_sum is not None
@@ -153,7 +155,11 @@ def test_merge_of_maxima_shifts_the_pair_that_wins(fold: Fold) -> None:
     x = gaussian((2, 60, 40), 0)
     x[0, 57] = -x[0, 33]  # in the second block of item 0, across the blocks of item 1
     x[1, 57] = 3 * x[1, 2]
-    parts = [fold(x[:, :20], want="abs_max"), fold(x[:, 20:], want="abs_max"), fold(x[:, :20], x[:, 20:], want="abs_max")]
+    parts = [
+        fold(x[:, :20], want="abs_max"),
+        fold(x[:, 20:], want="abs_max"),
+        fold(x[:, :20], x[:, 20:], want="abs_max"),
+    ]
     joined = merge(parts, [(0, 0), (20, 20), (0, 20)])
     assert joined.argmax is not None
     assert joined.argmax.tolist() == [[33, 57], [2, 57]]
@@ -178,7 +184,8 @@ def test_merge_keeps_nan_in_its_item(fold: Fold) -> None:
     ids=["nothing", "items-differ", "offsets-missing"],
 )
 def test_merge_refuses(records: list[int], offsets: list[tuple[int, int]] | None, message: str) -> None:
-    made = [GramStats(*(torch.zeros(b, dtype=torch.int64) for _ in range(3))) for b in records]
+    counts = [torch.zeros(b, dtype=torch.int64) for b in records]
+    made = [GramStats(count, count, count) for count in counts]
     with pytest.raises(InputError, match=message):
         merge(made, offsets)
 

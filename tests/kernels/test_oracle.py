@@ -1,6 +1,8 @@
-"""Every field of the record is right: each backend against float64 loops, over shapes, dtypes, layouts and precisions."""
+"""Every field of the record is right: each backend against float64 loops, over shapes, dtypes, layouts."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +44,11 @@ def test_matches_oracle(fold: Fold, case: Case) -> None:
 def test_each_field_alone_matches_oracle(fold: Fold, case: Case, name: str) -> None:
     x, y = case.x(), case.y()
     got = fold(x, y, want=() if name == "hist" else (name,), bins=BINS if name == "hist" else 0)
-    asked = {name, "argmax" if name == "abs_max" else name, "row_abs_y" if name == "row_abs" and y is not None else name}
+    asked = {
+        name,
+        "argmax" if name == "abs_max" else name,
+        "row_abs_y" if name == "row_abs" and y is not None else name,
+    }
     for field in (*ALL, "argmax", "hist", "row_abs_y"):
         assert (getattr(got, field) is not None) == (field in asked), f"{field} when only {name} is wanted"
     assert_record(got, x, y, truth=case_truth(case), bins=BINS if name == "hist" else 0)
@@ -168,7 +174,12 @@ MANY = [
 @pytest.mark.parametrize("precision", ["auto", "high"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["cosines", "raw"])
 def test_many_equal_single_calls_bit_for_bit(backend: str, precision: str, normalize: bool) -> None:
-    options = {"want": ALL, "bins": BINS if normalize else 0, "precision": precision, "normalize": normalize}
+    options: dict[str, Any] = {
+        "want": ALL,
+        "bins": BINS if normalize else 0,
+        "precision": precision,
+        "normalize": normalize,
+    }
     xs = [case.x() for case in MANY]
     served = [x for x in xs if dispatch.load(backend).supports(make_request(x, **options)) is None]
     assert len(served) >= 6
@@ -191,7 +202,9 @@ def test_many_of_nothing_is_nothing(backend: str) -> None:
 
 
 def test_many_keep_the_order_when_backends_differ() -> None:
-    xs: list[Tensor] = [gaussian((n, 8), n, dtype) for n, dtype in ((4, torch.float64), (3, torch.float32), (5, torch.float16))]
+    xs: list[Tensor] = [
+        gaussian((n, 8), n, dtype) for n, dtype in ((4, torch.float64), (3, torch.float32), (5, torch.float16))
+    ]
     assert [record.pairs.item() for record in gram_stats_many(xs)] == [6, 3, 10]
 
 
@@ -200,7 +213,9 @@ def test_a_generator_of_wants_is_read_once_for_all(backend: str) -> None:
     assert all(record.sum is not None and record.sq_sum is not None for record in records)
 
 
-@pytest.mark.parametrize("bad", [[torch.eye(3), torch.ones(2, dtype=torch.int32)], [torch.eye(3), None]], ids=["integer", "none"])
+@pytest.mark.parametrize(
+    "bad", [[torch.eye(3), torch.ones(2, dtype=torch.int32)], [torch.eye(3), None]], ids=["integer", "none"]
+)
 def test_many_refuse_a_bad_tensor(backend: str, bad: list[Tensor]) -> None:
     with pytest.raises(InputError):
         gram_stats_many(bad, backend=backend)

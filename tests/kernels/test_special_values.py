@@ -1,4 +1,4 @@
-"""Exact cases and extreme values: closed forms, zero vectors, NaN and Inf, scales at the ends of a dtype, duplicates."""
+"""Exact cases and extreme values: closed forms, zero vectors, NaN and Inf, ends of a dtype, duplicates."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_identity_plus_constant(fold: Fold, n: int) -> None:
     assert mean_abs(fold, torch.eye(n) + a) == pytest.approx(expected, abs=2e-6)
 
 
-@pytest.mark.parametrize("where", [(0,), (96,), (0, 47, 48, 96), tuple(range(90)), tuple(range(96)), tuple(range(97))], ids=len)
+@pytest.mark.parametrize(
+    "where", [(0,), (96,), (0, 47, 48, 96), tuple(range(90)), tuple(range(96)), tuple(range(97))], ids=len
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float64], ids=SHORT.get)
 def test_zero_vectors_are_left_out_and_counted(fold: Fold, where: tuple[int, ...], dtype: torch.dtype) -> None:
     x = wide(gaussian((1, 97, 33), 0))
@@ -116,7 +118,9 @@ def test_bad_values_stay_in_their_item(fold: Fold, value: str, normalize: bool, 
         assert got.hist.sum(1).tolist() == [97 * 48, 0, 97 * 48]
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=SHORT.get)
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=SHORT.get
+)
 def test_nan_of_8_bits_is_seen(fold: Fold, dtype: torch.dtype) -> None:
     x = wide(gaussian((2, 20, 33), 0))
     x[0, 3, 3] = float("nan")
@@ -237,7 +241,7 @@ def test_argmax_exists_when_all_cosines_are_zero(fold: Fold) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (0, 0, 0), (3, 0, 4), (3, 1, 4), (3, 4, 0)], ids=str)
 def test_empty_shapes_have_a_defined_record(fold: Fold, shape: tuple[int, int, int]) -> None:
-    b, n, d = shape
+    b, n, _ = shape
     got = fold(torch.zeros(shape), want=ALL, bins=3)
     assert got.pairs.tolist() == [0] * b
     assert got.zero.tolist() == [n] * b
