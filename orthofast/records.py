@@ -125,7 +125,11 @@ def _merge_max(whole: GramStats, records: Sequence[GramStats], offsets: Sequence
     if offsets is None or any(record.argmax is None for record in records):
         return
     pairs = torch.stack(
-        [r.argmax + torch.tensor(o, device=best.device) for r, o in zip(records, offsets, strict=True) if r.argmax is not None]
+        [
+            r.argmax + torch.tensor(o, device=best.device)
+            for r, o in zip(records, offsets, strict=True)
+            if r.argmax is not None
+        ]
     )  # (records, b, 2)
     chosen = pairs.gather(0, which.view(1, -1, 1).expand(1, -1, 2)).squeeze(0)
     whole.argmax = torch.where(whole.abs_max.isnan().unsqueeze(1), torch.full_like(chosen, -1), chosen)

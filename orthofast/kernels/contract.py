@@ -60,7 +60,8 @@ def make_request(
         y = _checked(y, "y")
         if y.dtype != x.dtype or y.device != x.device:
             raise InputError(
-                f"y needs the dtype and device of x ({x.dtype} on {x.device}), got {y.dtype} on {y.device}; convert one of them"
+                f"y needs the dtype and device of x ({x.dtype} on {x.device}), "
+                f"got {y.dtype} on {y.device}; convert one of them"
             )
         if y.shape[0] != x.shape[0] or y.shape[2] != x.shape[2]:
             raise InputError(
@@ -93,14 +94,17 @@ def _checked(x: Tensor, name: str) -> Tensor:
         raise InputError(f"{name} needs a dense tensor, got layout {x.layout}; call .to_dense() first")
     if x.dtype not in DTYPES:
         raise InputError(
-            f"{name} needs a floating-point dtype (float64, 32, 16, bfloat16 or float8), got {x.dtype}; convert it with .to(torch.float32)"
+            f"{name} needs a floating-point dtype (float64, 32, 16, bfloat16 or float8), "
+            f"got {x.dtype}; convert it with .to(torch.float32)"
         )
     if x.device.type == "meta":
         raise InputError(f"{name} is on the meta device and holds no values; load or initialise it first")
     if x.dim() == 2:
         x = x.unsqueeze(0)
     elif x.dim() != 3:
-        raise InputError(f"{name} needs shape (b, n, d) or (n, d), got {tuple(x.shape)}; reshape it, or see orthofast.views")
+        raise InputError(
+            f"{name} needs shape (b, n, d) or (n, d), got {tuple(x.shape)}; reshape it, or see orthofast.views"
+        )
     return x.detach() if x.requires_grad else x
 
 

@@ -42,7 +42,9 @@ def gram_stats_sampled(request: Request, sample: int | Sample, fold: Callable[[R
     """
     plan = _checked(sample)
     if request.want & ROW_ABS:
-        raise InputError("sample cannot be combined with want='row_abs': a per-vector sum needs all its pairs; drop one of them")
+        raise InputError(
+            "sample cannot be combined with want='row_abs': a per-vector sum needs all its pairs; drop one of them"
+        )
     n, m = request.x.shape[1], None if request.y is None else request.y.shape[1]
     total = n * (n - 1) // 2 if m is None else n * m
     if plan.pairs >= total:
