@@ -14,8 +14,9 @@ import numpy as np
 from numba import carray, njit
 
 from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, ROW_ABS, SQ_SUM, SUM
-from orthofast.kernels.numba_access import as_int64, call, fetch_add, pointer, widen
-from orthofast.kernels.numba_access import blas_addresses as blas_addresses
+from orthofast.kernels.numba_access import as_int64, blas_addresses, call, fetch_add, pointer, widen
+
+__all__ = ["blas_addresses", "fold", "measure", "survey"]
 
 UNIT = 256  # vectors measured at a time
 STRIP = 16  # vectors transposed at a time: one cache line of float32

@@ -1,7 +1,7 @@
 """Reference backend: plain torch, blocks of vectors; the meaning of every field of the record.
 
 Work  b*n*(n+1)/2*d multiply-adds and a little more on diagonal blocks.
-Memory  O(n) per item, and at most about 56 MiB of unit vectors and tiles, whatever the shape.
+Memory  O(n) per item, and at most about 50 MiB of unit vectors and tiles, whatever the shape.
 Accuracy  unit vectors and dot products in float32 (float64 on request), lengths and sums in float64.
 Refuses nothing: every device torch has, every floating-point dtype. Sums alone never wait for a device.
 
@@ -12,6 +12,7 @@ global: other threads would see it, and some processors would round to bfloat16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from orthofast.records import GramStats
 
 NAME = "reference"
 ROWS, COLUMNS = 256, 512  # a float32 tile stays in a second-level cache
-HELD_BYTES = 16 << 20  # unit vectors of the right side kept at a time; the left side and work space get a quarter
+HELD_BYTES = 8 << 20  # unit vectors of the right side kept at a time, of the left side half of that
 ONEDNN_LENGTH = 256  # shorter vectors do not pay for the copy into oneDNN's tensors
 ONEDNN_WORK = 1 << 26  # n*m*d from which its set-up, once per shape, pays
 
@@ -113,68 +114,69 @@ def _fold_item(record: GramStats, item: int, x: Tensor, y: Tensor | None, reques
 
 @dataclass(slots=True)
 class _Side:
-    """One set of vectors and what is known of each: scale 2**exponent, length divided by it, and its kind."""
+    """One set of vectors and what is known of each, (n,)."""
 
     x: Tensor  # (n, d), as it came
-    exponent: Tensor
-    length: Tensor
+    scale: Tensor  # (n, 1) a power of two, so that no square over- or underflows; exact
+    inverse: Tensor  # (n, 1) of the length after scaling
     norm_sq: Tensor
     zero: Tensor
-    bad: Tensor
+    bad: Tensor  # holds NaN or Inf
     keep: Tensor  # takes part in pairs
     normalize: bool
-    compute: torch.dtype
+
+    @property
+    def compute(self) -> torch.dtype:
+        return self.scale.dtype
 
     def vectors(self, start: int, stop: int) -> Tensor:
         """(stop - start, d) in the compute dtype, divided by their lengths if pairs are cosines."""
+        wide = self.x[start:stop].to(self.compute)
         if not self.normalize:
-            return self.x[start:stop].to(self.compute)
-        d = self.x.shape[1]
-        unit = torch.empty((stop - start, d), dtype=self.compute, device=self.x.device)
-        for at in _steps(start, stop, d):
-            small = torch.ldexp(self.x[at].to(torch.float64), -self.exponent[at].unsqueeze(1))
-            unit[at.start - start : at.stop - start] = small.div_(self.length[at].unsqueeze(1))
-        return unit
+            return wide
+        return (wide * self.scale[start:stop]).mul_(self.inverse[start:stop])
 
 
 def _measured(x: Tensor, request: Request) -> _Side:
-    """Lengths without over- or underflow, and which vectors are zero or hold NaN or Inf."""
+    """Lengths in float64, and which vectors are zero or hold NaN or Inf."""
     n, d = x.shape
+    compute = torch.float64 if request.precision == "float64" else torch.float32
     square = torch.zeros(n, dtype=torch.float64, device=x.device)
-    exponent = torch.zeros(n, dtype=torch.int32, device=x.device)
-    zero, bad = torch.ones_like(square, dtype=torch.bool), torch.zeros_like(square, dtype=torch.bool)
-    for at in _steps(0, n, d) if d else ():
-        wide = x[at].to(torch.float64)
-        largest = wide.abs().amax(1)  # NaN where one is
-        bad[at] = ~largest.isfinite()
-        zero[at] = largest == 0
-        # a power of two: exact, and no square over- or underflows
-        _, exponent[at] = torch.frexp(torch.where(zero[at] | bad[at], 1.0, largest))
-        square[at] = torch.ldexp(wide, -exponent[at].unsqueeze(1)).square_().sum(1)
+    largest, exponent = torch.zeros_like(square), torch.zeros_like(square)
+    scale = torch.ones((n, 1), dtype=compute, device=x.device)
+    # reciprocals of the largest and smallest powers of two are still normal numbers
+    limit = 1022 if compute == torch.float64 else 126
+    for at in _steps(n, d):
+        wide = x[at].to(compute)
+        largest[at] = torch.linalg.vector_norm(wide, math.inf, dim=1)  # NaN where one is
+        _, power = torch.frexp(torch.where(largest[at].isfinite(), largest[at], 0.0))
+        exponent[at] = power.clamp(-limit, limit).to(torch.float64)
+        scale[at] = torch.exp2(-exponent[at]).to(compute).unsqueeze(1)
+        square[at] = (wide * scale[at]).to(torch.float64).square_().sum(1)
+    zero, bad = largest == 0, ~largest.isfinite()
     return _Side(
         x=x,
-        exponent=exponent,
-        length=torch.where(zero, 1.0, square.sqrt()),
-        norm_sq=torch.ldexp(square, 2 * exponent),
+        scale=scale,
+        inverse=torch.where(zero, 1.0, square).rsqrt().to(compute).unsqueeze(1),
+        norm_sq=torch.ldexp(torch.ldexp(square, exponent), exponent),  # 4**exponent alone may overflow
         zero=zero,
         bad=bad,
         keep=~zero if request.normalize else torch.ones_like(zero),
         normalize=request.normalize,
-        compute=torch.float64 if request.precision == "float64" else torch.float32,
     )
 
 
-def _steps(start: int, stop: int, d: int) -> Iterator[slice]:
-    """Cut a range of vectors so that a float64 copy of each part stays small."""
-    step = max(1, (HELD_BYTES >> 3) // (8 * d)) if d else stop - start
-    return (slice(at, min(at + step, stop)) for at in range(start, stop, max(1, step)))
+def _steps(n: int, d: int) -> Iterator[slice]:
+    """Cut n vectors so that a float64 copy of each part stays small; no parts where vectors hold nothing."""
+    step = max(1, (HELD_BYTES >> 2) // (8 * max(1, d)))
+    return (slice(start, min(start + step, n)) for start in range(0, n if d else 0, step))
 
 
 def _tiles(left: _Side, right: _Side) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Dot products of all pairs of two sides, or of the upper triangle of one: (first row, first column), tile."""
     (n, d), m, alone = left.x.shape, len(right.x), left is right
     vector_bytes = max(1, d * (8 if left.compute == torch.float64 else 4))
-    rows = min(ROWS, max(1, (HELD_BYTES >> 2) // vector_bytes))
+    rows = min(ROWS, max(1, (HELD_BYTES >> 1) // vector_bytes))
     columns = max(1, COLUMNS // rows) * rows  # whole blocks: no diagonal crosses an edge
     panel = max(1, HELD_BYTES // vector_bytes // rows) * rows
     onednn = _suits_onednn(left, m)
