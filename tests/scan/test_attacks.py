@@ -123,6 +123,18 @@ def _refused_or_scanned(file: Path) -> None:
     result.to_csv()
 
 
+def test_half_a_surrogate_in_a_name_can_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "surrogate.safetensors"
+    head = json.dumps(header()).replace("b.weight", "b\\ud800.weight")
+    file.write_bytes(pack(head.encode()))
+    result = scan_checkpoint(file)
+    assert not result.failed
+    assert len({row.name for row in result.rows}) == 3
+    for suffix in (".json", ".csv", ".md", ".html"):
+        result.write(tmp_path / f"out{suffix}")
+        assert "ud800" in (tmp_path / f"out{suffix}").read_text("utf-8")
+
+
 def shard_tensors() -> dict[str, torch.Tensor]:
     return {f"layers.{i}.weight": torch.randn(5, 4) for i in range(6)}
 

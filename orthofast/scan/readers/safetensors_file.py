@@ -133,9 +133,9 @@ def _refuse_pointer(file: Path, start: bytes) -> None:
 
 def _json_object(content: bytes, what: str) -> dict[str, object]:
     def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
+        found = {_encodable(key): _encodable(value) if isinstance(value, str) else value for key, value in pairs}
         if len(found) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            twice = Counter(_encodable(key) for key, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"{what} names {_shown(twice)} twice")
         return found
 
@@ -198,6 +198,11 @@ def _gap(extents: list[Extent], data_start: int, size: int) -> tuple[int, int] |
             return end, extent.offset
         end = max(end, extent.offset + extent.nbytes)
     return (end, size) if end < size else None
+
+
+def _encodable(text: str) -> str:
+    """JSON may escape half a surrogate pair, which no output could be written with."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _shown(value: object) -> str:
