@@ -32,7 +32,7 @@ class GramStats:
         hist: (b, bins) int64, signed cosines in equal bins on [-1, 1].
         norm_sq_y: (b, m) float64, cross folds only: squared lengths of the other side.
         row_abs_y: (b, m) float64, cross folds only: per vector of the other side.
-        floor: (b,) float64, rounding floor of one |cos| in this arithmetic; 0 when operands are exact.
+        floor: (b,) float64, rounding floor of one |cos| in this arithmetic; None or 0 when operands are exact.
         standard_error: (b,) float64, of abs_sum / pairs when pairs were sampled.
         cross: whether the record is of pairs between two different sets.
     """

@@ -105,6 +105,8 @@ def _checked(x: Tensor, name: str) -> Tensor:
         raise InputError(
             f"{name} needs shape (b, n, d) or (n, d), got {tuple(x.shape)}; reshape it, or see orthofast.views"
         )
+    if x.is_neg():  # a lazy minus sign, which reading the memory would miss
+        x = x.resolve_neg()
     return x.detach() if x.requires_grad else x
 
 

@@ -26,7 +26,7 @@ _loaded: dict[str, Backend] = {}
 
 
 class Backend(Protocol):
-    """What a backend file offers."""
+    """What a backend file offers; a string DETAIL, where it has one, is shown by ``explain``."""
 
     NAME: str
 
@@ -100,11 +100,14 @@ class Explanations(list[Explanation]):
 def explain(x: Request | Array) -> Explanations:
     """For every backend in order: would it serve this call, and if not, why; printed, a table.
 
+    A backend forced by ``use_backend`` or the environment is the only one asked.
+
     Args:
         x: what a fold would be given, (b, n, d) or (n, d), a tensor or numpy array; or a checked request.
 
     Raises:
         InputError: if ``x`` is neither.
+        BackendError: if the forced backend is unknown.
 
     >>> import torch
     >>> [line.backend for line in explain(torch.ones(4, 3))][-1]
@@ -114,14 +117,20 @@ def explain(x: Request | Array) -> Explanations:
     lines = Explanations()
     served = False
     order = order_for(request)
+    forced = _chosen.get() or os.environ.get(ENVIRONMENT)
+    if forced:
+        load(forced)
     for name in (*order, *(n for n in NAMES if n not in order)):
         reason = load(name).supports(request)
-        if reason is not None:
+        if forced and name != forced:
+            lines.append(Explanation(name, False, f"not asked: {forced} is forced by use_backend or {ENVIRONMENT}"))
+        elif reason is not None:
             lines.append(Explanation(name, False, reason))
         elif served:
             lines.append(Explanation(name, False, "can serve; an earlier one does"))
         else:
-            lines.append(Explanation(name, True, "serves this call"))
+            detail = getattr(load(name), "DETAIL", None)
+            lines.append(Explanation(name, True, f"serves this call ({detail})" if detail else "serves this call"))
             served = True
     return lines
 

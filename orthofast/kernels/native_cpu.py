@@ -19,10 +19,10 @@ from orthofast.errors import BackendError
 from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, ROW_ABS, SQ_SUM, SUM, Request
 from orthofast.records import GramStats
 
+_why_not: str | None = None
 try:
     from orthofast import _cpu
-except ImportError as error:
-    _cpu = None
+except ImportError as error:  # the install went without a compiler
     _why_not = f"the native module is not built ({error}); install orthofast where a C++ compiler is found"
 
 NAME = "native_cpu"
@@ -44,16 +44,17 @@ _PRECISION = {"highest": 0, "high": 1, "float64": 2}
 
 def _force_isa() -> None:
     level = os.environ.get(ENVIRONMENT)
-    if level and _cpu is not None and not _cpu.force_isa(level):
+    if level and _why_not is None and not _cpu.force_isa(level):
         raise BackendError(f"{ENVIRONMENT} needs one of {', '.join(_cpu.isa_levels())} on this machine, got {level!r}")
 
 
 _force_isa()
+DETAIL = None if _why_not is not None else f"{_cpu.isa()} instructions"
 
 
 def supports(request: Request) -> str | None:
     """None for CPU tensors where the native module was built."""
-    if _cpu is None:
+    if _why_not is not None:
         return _why_not
     if request.x.device.type != "cpu":
         return f"needs a CPU tensor, got one on {request.x.device}"
@@ -62,7 +63,7 @@ def supports(request: Request) -> str | None:
 
 def gram_stats(request: Request) -> GramStats:
     """Fold one request."""
-    record, packed = _prepare(request)
+    record, packed, _sums = _prepare(request)
     _cpu.gram_stats(packed, torch.get_num_threads())
     return record
 
@@ -70,12 +71,12 @@ def gram_stats(request: Request) -> GramStats:
 def gram_stats_many(requests: Sequence[Request]) -> list[GramStats]:
     """Fold all requests with one team of threads over one queue of tiles."""
     prepared = [_prepare(request) for request in requests]
-    _cpu.gram_stats(b"".join([packed for _, packed in prepared]), torch.get_num_threads())
-    return [record for record, _ in prepared]
+    _cpu.gram_stats(b"".join([packed for _, packed, _ in prepared]), torch.get_num_threads())
+    return [record for record, _, _ in prepared]
 
 
-def _prepare(request: Request) -> tuple[GramStats, bytes]:
-    """The record whose memory the fold fills, and the request as integers."""
+def _prepare(request: Request) -> tuple[GramStats, bytes, Tensor]:
+    """The record whose memory the fold fills, the request as integers, and the sums: hold them until it is done."""
     x, y, want = request.x, request.y, request.want
     b, n, d = x.shape
     sums = torch.empty((b, _SUMS), dtype=torch.float64)
@@ -83,21 +84,20 @@ def _prepare(request: Request) -> tuple[GramStats, bytes]:
     norm_sq = torch.empty((b, n), dtype=torch.float64)
     row_abs = torch.empty_like(norm_sq) if want & ROW_ABS else None
     hist = torch.empty((b, request.bins), dtype=torch.int64) if want & HIST else None
-    abs_sum, sq_sum, signed, abs_max, floor = sums.unbind(1)
     pairs, zero, nonfinite, _, _ = counts.unbind(1)
     record = GramStats(
         pairs=pairs,
         zero=zero,
         nonfinite=nonfinite,
         norm_sq=norm_sq,
-        abs_sum=abs_sum if want & ABS_SUM else None,
-        sq_sum=sq_sum if want & SQ_SUM else None,
-        sum=signed if want & SUM else None,
-        abs_max=abs_max if want & ABS_MAX else None,
+        abs_sum=sums.select(1, 0) if want & ABS_SUM else None,
+        sq_sum=sums.select(1, 1) if want & SQ_SUM else None,
+        sum=sums.select(1, 2) if want & SUM else None,
+        abs_max=sums.select(1, 3) if want & ABS_MAX else None,
         argmax=counts[:, 3:] if want & ABS_MAX else None,
         row_abs=row_abs,
         hist=hist,
-        floor=floor,
+        floor=sums.select(1, 4) if request.precision == "high" else None,
     )
     other: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0)
     if y is not None:
@@ -105,7 +105,7 @@ def _prepare(request: Request) -> tuple[GramStats, bytes]:
         record.norm_sq_y = torch.empty((b, y.shape[1]), dtype=torch.float64)
         record.row_abs_y = torch.empty_like(record.norm_sq_y) if want & ROW_ABS else None
         other = _side(y, record.norm_sq_y, record.row_abs_y)
-    return record, _PACK(
+    packed = _PACK(
         *_side(x, norm_sq, row_abs),
         *other,
         y is not None,
@@ -120,6 +120,7 @@ def _prepare(request: Request) -> tuple[GramStats, bytes]:
         counts.data_ptr(),
         0 if hist is None else hist.data_ptr(),
     )
+    return record, packed, sums
 
 
 def _side(x: Tensor, norm_sq: Tensor, row_abs: Tensor | None) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ Refuses nothing: every device torch has, every floating-point dtype. Sums alone 
 
 Large float32 products on the CPU go to oneDNN through its own tensors (``Tensor.to_mkldnn``): it is as exact as
 ``torch.mm`` and on some processors twice as fast. ``torch.set_float32_matmul_precision`` would reach it too, but is
-global: other threads would see it, and some processors would round to bfloat16.
+global: other threads would see it, and some processors would round to bfloat16. Where the user has set it so, the
+products here are formed in float64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +142,8 @@ class _Side:
 def _measured(x: Tensor, request: Request) -> _Side:
     """Lengths in float64, and which vectors are zero or hold NaN or Inf."""
     n, d = x.shape
-    compute = torch.float64 if request.precision == "float64" else torch.float32
+    wide_products = request.precision == "float64" or _products_are_rounded(x.device.type)
+    compute = torch.float64 if wide_products else torch.float32
     square = torch.zeros(n, dtype=torch.float64, device=x.device)
     largest, exponent = torch.zeros_like(square), torch.zeros_like(square)
     scale = torch.ones((n, 1), dtype=compute, device=x.device)
@@ -164,6 +167,13 @@ def _measured(x: Tensor, request: Request) -> _Side:
         keep=~zero if request.normalize else torch.ones_like(zero),
         normalize=request.normalize,
     )
+
+
+def _products_are_rounded(device: str) -> bool:
+    """Whether torch was allowed to round float32 operands of a product, which only float64 escapes."""
+    owner: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    allowed = {torch.backends, owner, owner.matmul}
+    return any(getattr(place, "fp32_precision", "none") in ("bf16", "tf32") for place in allowed)
 
 
 def _steps(n: int, d: int) -> Iterator[slice]:
