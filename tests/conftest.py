@@ -80,6 +80,16 @@ def _poisoned(allocate: Callable[..., Any], poison: Callable[[Any], Any]) -> Cal
     return fresh
 
 
+class PoisonedNumpy:
+    """numpy, but for fresh arrays."""
+
+    empty = staticmethod(_poisoned(np.empty, poison_array))
+    empty_like = staticmethod(_poisoned(np.empty_like, poison_array))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
 @pytest.fixture(scope="module")
 def poisoned_memory() -> Iterator[None]:
     """Memory orthofast allocates without filling holds NaN or garbage: whoever reads it before writing is seen."""
@@ -87,7 +97,9 @@ def poisoned_memory() -> Iterator[None]:
     for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
         for name in names:
             patch.setattr(owner, name, _poisoned(getattr(owner, name), poison_tensor))
-    for name in ("empty", "empty_like"):
-        patch.setattr(np, name, _poisoned(getattr(np, name), poison_array))
+    for name in dispatch.NAMES:  # not numpy itself: numba resolves np.empty while it compiles
+        module = dispatch.load(name)
+        if hasattr(module, "np"):
+            patch.setattr(module, "np", PoisonedNumpy())
     yield
     patch.undo()

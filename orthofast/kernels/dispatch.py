@@ -82,8 +82,8 @@ def choose(request: Request, backend: str | None = None) -> Backend:
         if reason is not None:
             raise BackendError(f"backend {name} cannot serve this call: {reason}")
         return named
-    for candidate in order_for(request):
-        found = load(candidate)
+    for candidate in ORDER.get(request.x.device.type, ANY_DEVICE):
+        found = _loaded.get(candidate) or load(candidate)
         if found.supports(request) is None:
             return found
     raise BackendError(f"no backend serves {request.x.dtype} on {request.x.device}")  # reference serves everything

@@ -46,7 +46,7 @@ class CosineHistogram(NamedTuple):
 def pii_from(stats: GramStats) -> Tensor:
     """The formula of :func:`pii` on a record of cosines with ``abs_sum``: ``abs_sum / pairs``, (b,)."""
     total = needed(stats.abs_sum, "pii", "abs_sum")
-    return (total / stats.pairs).clamp_(max=1)  # parallel vectors may round to 1 + 1e-16
+    return (total / stats.pairs).clamp_max_(1)  # parallel vectors may round to 1 + 1e-16
 
 
 def pii(
@@ -89,7 +89,7 @@ def pii(
     tensor([0., 0.], dtype=torch.float64)
     """
     x = as_vectors(weight, vectors, heads)
-    stats = gram_stats(x, want=("abs_sum",), sample=sample, precision=precision, backend=backend)
+    stats = gram_stats(x, sample=sample, precision=precision, backend=backend)
     return answer(pii_from(stats), vectors)
 
 
