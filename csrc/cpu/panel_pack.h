@@ -16,6 +16,8 @@ struct Packer {
   static constexpr int kLanes = A::kLanes;
   using Lane4 = Vec<uint32_t, kLanes>;
 
+  static constexpr int64_t kAhead = 4;  // lines of columns, fetched before they are read
+
   const ItemView& view;
   int64_t d, row0, rows, k0, steps;  // steps: packed elements along k
 
@@ -53,13 +55,17 @@ struct Packer {
   // contiguous vectors: load kLanes x kLanes blocks and transpose them in registers
   int64_t along(int64_t first, Elem* out) const {
     int64_t k = 0;
+    // the next vectors come from memory while these are transposed; the last have no next
+    const int64_t next = first + 2 * kLanes <= rows ? kLanes : 0;
     if constexpr (sizeof(Elem) == 4) {
       for (; k + kLanes <= steps && k0 + (k + kLanes) * A::kStep <= d; k += kLanes) {
         Lane4 block[kLanes];
         const T* source = at(row0 + first, k0 + k * A::kStep);
+        const T* ahead = source + next * view.stride_n;
 #pragma GCC unroll 16
         for (int e = 0; e < kLanes; ++e) {
           block[e] = (Lane4)A::template along<S>(source + e * view.stride_n, view.table8);
+          __builtin_prefetch(ahead + e * view.stride_n, 0, 2);
         }
         transpose<kLanes>(block);
 #pragma GCC unroll 16
@@ -75,9 +81,11 @@ struct Packer {
     const int64_t lanes_end = rows - rows % kLanes;
     for (int64_t k = 0; k < whole; ++k) {
       const T* source = at(row0, k0 + k * A::kStep);
+      const T* ahead = source + (k + kAhead < whole ? kAhead * A::kStep * view.stride_d : 0);
       Elem* line = out + k * A::kPanel;
       int64_t lane = 0;
       for (int64_t first = 0; first < lanes_end; first += kLanes) {
+        __builtin_prefetch(ahead + first, 0, 2);
         store_as(line + lane, A::template across<S>(source + first, source + first + view.stride_d, view.table8));
         lane += kLanes;
         if (lane == A::kPanel) lane = 0, line += A::kPanel * steps;
