@@ -2,7 +2,7 @@
 
 Work  b*n*(n+1)/2*d multiply-adds: a product per tile, a symmetric product on the diagonal.
 Memory  20*b*n bytes of lengths, 64 KiB of partial results (8 MiB with row_abs), and per thread one tile and,
-unless BLAS reads the input where it is, two panels: at most 3 MiB in float32, 6 MiB in float64.
+unless BLAS reads the input where it is, two panels: at most 8 MiB in float32, 16 MiB in float64.
 Traffic  each tile reads 2*TILE*d elements; float32 with one contiguous axis is never copied, other input is widened
 panel by panel.
 Accuracy  products in float32 (float64 on request) of exactly scaled operands; lengths, weights and sums in float64.
@@ -42,7 +42,7 @@ from orthofast.kernels.numba_threads import machine
 from orthofast.records import GramStats
 
 NAME = "numba_cpu"
-TILES = ((1024, 512), (512, 256), (0, 128))  # (vectors from, tile): large for BLAS, enough of them to share
+TILES = ((4096, 1024), (1024, 512), (512, 256), (0, 128))  # (vectors from, tile): large for BLAS, enough of them to share
 PANEL = 512  # elements of a vector widened at a time: a panel stays in a second-level cache
 WAVE = 1024  # tiles between two gatherings of partial results
 WORK_PER_THREAD = 1 << 24  # multiply-adds that pay for waking a thread
