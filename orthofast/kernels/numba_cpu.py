@@ -42,7 +42,7 @@ from orthofast.kernels.numba_threads import machine
 from orthofast.records import GramStats
 
 NAME = "numba_cpu"
-TILES = ((4096, 1024), (1024, 512), (512, 256), (0, 128))  # (vectors from, tile): large for BLAS, enough of them to share
+TILES = ((4096, 1024), (1024, 512), (512, 256), (0, 128))  # (vectors from, tile): large for BLAS, many to share
 PANEL = 512  # elements of a vector widened at a time: a panel stays in a second-level cache
 WAVE = 1024  # tiles between two gatherings of partial results
 WORK_PER_THREAD = 1 << 24  # multiply-adds that pay for waking a thread
