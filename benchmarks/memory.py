@@ -81,9 +81,12 @@ def measure(case: Case, contestant: str, threads: int, timeout_s: float = TIMEOU
         return {**facts, **json.loads(done.stdout.strip().splitlines()[-1])}
     except subprocess.TimeoutExpired:
         return {**facts, "status": "left out", "reason": f"did not finish within {timeout_s:.0f} s"}
-    except (subprocess.CalledProcessError, ValueError, IndexError) as error:
-        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return {**facts, "status": "failed", "reason": detail[-1][:200] if detail else "no output"}
+    except subprocess.CalledProcessError as error:
+        detail = (error.stderr or "").strip().splitlines()
+        ended = f"killed by signal {-error.returncode}" if error.returncode < 0 else f"exit code {error.returncode}"
+        return {**facts, "status": "failed", "reason": detail[-1][:200] if detail else f"{ended}, no message"}
+    except (ValueError, IndexError):
+        return {**facts, "status": "failed", "reason": "no measurement in its output"}
 
 
 def wanted(cases: Sequence[Case]) -> list[tuple[Case, str]]:

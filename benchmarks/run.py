@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.run", *given], clean)
 
     budget = Budget(60 * (options.budget_minutes or (4.0 if options.quick else 25.0)))
-    data = _run(cases, threads, parts, budget, quick=options.quick)
     whole = not options.quick and not options.only and threads == (1, 2) and parts == PARTS
-    facts: Any = data["machine"]
+    facts: Any = machine.processor()
     out = options.out or (machine.RESULTS / machine.slug(facts) / "cpu.json" if whole else None)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    partial = None if out is None else out.with_suffix(".partial.json")
+    if partial is not None:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    data = _run(cases, threads, parts, budget, quick=options.quick, partial=partial)
+    if out is not None and partial is not None:
         out.write_text(dump(data))
+        partial.unlink(missing_ok=True)
         print(f"\nwritten: {out}")
     else:
         print("\nnot written: part of a run; name a file with --out to keep it")
@@ -76,8 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(
-    cases: Sequence[Case], threads: Sequence[int], parts: Sequence[str], budget: Budget, *, quick: bool
+    cases: Sequence[Case],
+    threads: Sequence[int],
+    parts: Sequence[str],
+    budget: Budget,
+    *,
+    quick: bool,
+    partial: Path | None = None,
 ) -> dict[str, Any]:
+    """All parts in turn; ``partial`` receives what is measured so far after every block, lest a stop lose it."""
     facts = machine.processor()
     data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -113,7 +123,12 @@ def _run(
     if "memory" in parts:
         data["memory"] = _memory([c for c in cases if not quick or c.n >= 3072], max(threads))
     if "speed" in parts:
-        measured = _speed(cases, threads, budget, quick=quick)
+
+        def keep(so_far: Sequence[Measurement]) -> None:
+            if partial is not None:
+                partial.write_text(dump({**data, "measurements": [m.as_dict() for m in so_far]}))
+
+        measured = _speed(cases, threads, budget, quick=quick, keep=keep)
         failed += [m.contestant for m in failures(measured)]
         data["measurements"] = [m.as_dict() for m in measured]
     data["load_after"] = os.getloadavg()[0]
@@ -123,7 +138,14 @@ def _run(
     return data
 
 
-def _speed(cases: Sequence[Case], threads: Sequence[int], budget: Budget, *, quick: bool) -> list[Measurement]:
+def _speed(
+    cases: Sequence[Case],
+    threads: Sequence[int],
+    budget: Budget,
+    *,
+    quick: bool,
+    keep: Callable[[Sequence[Measurement]], None],
+) -> list[Measurement]:
     contestants = field()
     expected = Expected()
     blocks = [(case, count) for case in cases for count in threads if count in case.threads or count not in (1, 2)]
@@ -136,6 +158,7 @@ def _speed(cases: Sequence[Case], threads: Sequence[int], budget: Budget, *, qui
         found.append(_keops(case, count, KEOPS_CAP_S[quick]))
         measured += found
         print(report.block(found), flush=True)
+        keep(measured)
     for case in cases:
         measured += [
             Measurement(

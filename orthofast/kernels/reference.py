@@ -27,7 +27,7 @@ from orthofast.records import GramStats
 
 NAME = "reference"
 ROWS, COLUMNS = 256, 512  # a float32 tile stays in a second-level cache
-HELD_BYTES = 8 << 20  # unit vectors of the right side kept at a time, of the left side half of that
+HELD_BYTES = 6 << 20  # unit vectors of the right side kept at a time, of the left side half of that
 ONEDNN_LENGTH = 256  # shorter vectors do not pay for the copy into oneDNN's tensors
 ONEDNN_WORK = 1 << 26  # n*m*d from which its set-up, once per shape, pays
 
