@@ -37,8 +37,6 @@ struct Plan {
   double flop = 0;
 };
 
-bool vectors_rounded(const Item& item) { return item.kind == Kind::bf16 && item.request->dtype == Dtype::f32; }
-
 Kind choose_kind(const GramArgs& request, const KernelTable& table) {
   if (request.dtype == Dtype::f64 || request.precision == Precision::float64) return Kind::f64;
   const bool narrow = request.dtype != Dtype::f32 && request.dtype != Dtype::f16;  // exact in bfloat16
@@ -278,7 +276,7 @@ void write_item(const Item& item, Partial total) {
   sums[1] = nonfinite ? kNaN : total.sq_sum;
   sums[2] = nonfinite ? kNaN : total.sum;
   sums[3] = none ? kNaN : total.abs_max;
-  sums[4] = vectors_rounded(item) ? bf16_floor(request.d) : 0.0;
+  sums[4] = rounds(item) ? bf16_floor(request.d) : 0.0;
   counts[0] = item.pairs;
   counts[1] = item.x.zero + item.y.zero;
   counts[2] = nonfinite;
@@ -300,7 +298,7 @@ void write_item(const Item& item, Partial total) {
 
 // Through rounded tiles, a mean this close to the floor is wrong by more than allowed.
 bool near_floor(const Item& item, const Partial& total) {
-  if (!vectors_rounded(item) || item.pairs == 0) return false;
+  if (!rounds(item) || item.pairs == 0) return false;
   const double mean = total.abs_sum / static_cast<double>(item.pairs), floor = bf16_floor(item.request->d);
   return 0.5 * floor * floor > kRoundingAllowed * mean * mean;
 }

@@ -44,8 +44,6 @@ double scaled_square_sum(const ItemView& view, Dtype dtype, int64_t row, int64_t
   return sum;
 }
 
-bool rounds(const Item& item) { return item.kind == Kind::bf16 && item.request->dtype == Dtype::f32; }
-
 void settle_scaled(Item& item, Side& side) {
   const GramArgs& request = *item.request;
   side.exponent.assign(static_cast<size_t>(side.view.n), 0);
@@ -96,6 +94,8 @@ void settle_side(Item& item, Side& side) {
 }
 
 }  // namespace
+
+bool rounds(const Item& item) { return item.kind == Kind::bf16 && item.request->dtype == Dtype::f32; }
 
 double bf16_floor(int64_t d) {
   // 0.8 * sqrt(2) * rms relative rounding error of 8 significant bits (1.6e-3), per sqrt(d)

@@ -47,6 +47,9 @@ void measure_lengths(const KernelTable& table, Item& item, Side& side, int64_t f
 // From squared lengths to factors, scales and counts; then the number of pairs and of tasks.
 void settle(Item& item);
 
+// Whether the item's operands are rounded on the way into the tiles.
+bool rounds(const Item& item);
+
 // The rounding floor of one |cos| through bfloat16 tiles, for vectors of length d.
 double bf16_floor(int64_t d);
 
