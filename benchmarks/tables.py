@@ -103,7 +103,7 @@ def ceilings(results: Results) -> str:
     lines = []
     for dtype in ("float32", "bfloat16"):
         peak = results.peak(dtype)
-        said = [] if peak is None else [f"multiply-add peak of one core {peak:.0f} GFLOP/s (fed from the first-level cache)"]
+        said = [] if peak is None else [f"multiply-add peak of one core {peak:.0f} GFLOP/s (fed from L1)"]
         for threads in (1, 2):
             best = results.product_rate(dtype, threads)
             if best is not None:
