@@ -28,6 +28,7 @@ from orthofast.records import GramStats
 NAME = "reference"
 ROWS, COLUMNS = 256, 512  # a float32 tile stays in a second-level cache
 HELD_BYTES = 6 << 20  # unit vectors of the right side kept at a time, of the left side half of that
+SERIAL = 1 << 14  # elements of a row that torch sums on one thread
 ONEDNN_LENGTH = 256  # shorter vectors do not pay for the copy into oneDNN's tensors
 ONEDNN_WORK = 1 << 26  # n*m*d from which its set-up, once per shape, pays
 
@@ -155,7 +156,7 @@ def _measured(x: Tensor, request: Request) -> _Side:
         _, power = torch.frexp(torch.where(largest[at].isfinite(), largest[at], 0.0))
         exponent[at] = power.clamp(-limit, limit).to(torch.float64)
         scale[at] = torch.exp2(-exponent[at]).to(compute).unsqueeze(1)
-        square[at] = (wide * scale[at]).to(torch.float64).square_().sum(1)
+        square[at] = _row_sums((wide * scale[at]).to(torch.float64).square_())
     zero, bad = largest == 0, ~largest.isfinite()
     return _Side(
         x=x,
@@ -167,6 +168,12 @@ def _measured(x: Tensor, request: Request) -> _Side:
         keep=~zero if request.normalize else torch.ones_like(zero),
         normalize=request.normalize,
     )
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """(rows, d) -> (rows,), in an order that does not depend on the number of threads."""
+    # torch shares out the sum of a single long row among its threads
+    return torch.stack([part.sum(1) for part in values.split(SERIAL, dim=1)], 1).sum(1)
 
 
 def _products_are_rounded(device: str) -> bool:
