@@ -52,7 +52,7 @@ _HOME = {
     "scan_checkpoint": "orthofast.scan",
     "use_backend": "orthofast.kernels.dispatch",
 }
-_ROOMS = ("errors", "kernels", "metrics", "records", "scan", "views")
+_ROOMS = ("errors", "kernels", "metrics", "records", "scan", "training", "views")
 
 
 def __getattr__(name: str) -> Any:
