@@ -103,7 +103,8 @@ def _remedy(weight: object) -> str:
 
 
 def _checked_tensor(x: Tensor, name: str) -> Tensor:
-    if is_lazy(x):
+    traced = torch.compiler.is_compiling()  # it cannot follow is_lazy and is_neg
+    if not traced and is_lazy(x):
         raise InputError(f"{name} is a lazy parameter without a shape; run the module once on data first")
     if x.is_nested:
         raise InputError(f"{name} needs one dense tensor, got a nested tensor; call once for each of its .unbind()")
@@ -116,7 +117,7 @@ def _checked_tensor(x: Tensor, name: str) -> Tensor:
         raise InputError(f"{name} needs a floating-point dtype, got {x.dtype}; {remedy}")
     if x.device.type == "meta":
         raise InputError(f"{name} is on the meta device and holds no values; load or initialise it first")
-    return x.resolve_neg() if x.is_neg() else x
+    return x.resolve_neg() if not traced and x.is_neg() else x
 
 
 class _Writeable:

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from orthofast.errors import BackendError
 from orthofast.kernels import dispatch
+from orthofast.kernels.autograd import mean_abs_cosine, mean_square_cosine
 from orthofast.kernels.contract import _DEFAULT_WANT, Request, make_request
 from orthofast.kernels.sampling import Sample, gram_stats_sampled
 from orthofast.records import GramStats
 
-__all__ = ["Sample", "gram_stats", "gram_stats_many"]
+__all__ = ["Sample", "gram_stats", "gram_stats_many", "mean_abs_cosine", "mean_square_cosine"]
 
 
 def gram_stats(

@@ -85,8 +85,8 @@ def _empty(request: Request, b: int, n: int, m: int) -> GramStats:
 
 
 def _fold_item(record: GramStats, item: int, x: Tensor, y: Tensor | None, request: Request) -> None:
-    left = _measured(x, request)
-    right = left if y is None else _measured(y, request)
+    left = measured(x, request)
+    right = left if y is None else measured(y, request)
     assert record.norm_sq is not None
     record.norm_sq[item] = left.norm_sq
     record.zero[item], record.nonfinite[item] = left.zero.sum(), left.bad.sum()
@@ -116,7 +116,7 @@ def _fold_item(record: GramStats, item: int, x: Tensor, y: Tensor | None, reques
 
 
 @dataclass(slots=True)
-class _Side:
+class Side:
     """One set of vectors and what is known of each, (n,)."""
 
     x: Tensor  # (n, d), as it came
@@ -130,6 +130,7 @@ class _Side:
 
     @property
     def compute(self) -> torch.dtype:
+        """Dtype of the products."""
         return self.scale.dtype
 
     def vectors(self, start: int, stop: int) -> Tensor:
@@ -140,7 +141,7 @@ class _Side:
         return (wide * self.scale[start:stop]).mul_(self.inverse[start:stop])
 
 
-def _measured(x: Tensor, request: Request) -> _Side:
+def measured(x: Tensor, request: Request) -> Side:
     """Lengths in float64, and which vectors are zero or hold NaN or Inf."""
     n, d = x.shape
     wide_products = request.precision == "float64" or _products_are_rounded(x.device.type)
@@ -156,9 +157,9 @@ def _measured(x: Tensor, request: Request) -> _Side:
         _, power = torch.frexp(torch.where(largest[at].isfinite(), largest[at], 0.0))
         exponent[at] = power.clamp(-limit, limit).to(torch.float64)
         scale[at] = torch.exp2(-exponent[at]).to(compute).unsqueeze(1)
-        square[at] = _row_sums((wide * scale[at]).to(torch.float64).square_())
+        square[at] = row_sums((wide * scale[at]).to(torch.float64).square_())
     zero, bad = largest == 0, ~largest.isfinite()
-    return _Side(
+    return Side(
         x=x,
         scale=scale,
         inverse=torch.where(zero, 1.0, square).rsqrt().to(compute).unsqueeze(1),
@@ -170,7 +171,7 @@ def _measured(x: Tensor, request: Request) -> _Side:
     )
 
 
-def _row_sums(values: Tensor) -> Tensor:
+def row_sums(values: Tensor) -> Tensor:
     """(rows, d) -> (rows,), in an order that does not depend on the number of threads."""
     # torch shares out the sum of a single long row among its threads
     return torch.stack([part.sum(1) for part in values.split(SERIAL, dim=1)], 1).sum(1)
@@ -189,7 +190,7 @@ def _steps(n: int, d: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n if d else 0, step))
 
 
-def _tiles(left: _Side, right: _Side) -> Iterator[tuple[tuple[int, int], Tensor]]:
+def _tiles(left: Side, right: Side) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Dot products of all pairs of two sides, or of the upper triangle of one: (first row, first column), tile."""
     (n, d), m, alone = left.x.shape, len(right.x), left is right
     vector_bytes = max(1, d * (8 if left.compute == torch.float64 else 4))
@@ -213,7 +214,7 @@ def _tiles(left: _Side, right: _Side) -> Iterator[tuple[tuple[int, int], Tensor]
                 yield (start, first + index * columns), _product(block, chunks[index])
 
 
-def _suits_onednn(left: _Side, m: int) -> bool:
+def _suits_onednn(left: Side, m: int) -> bool:
     """Whether oneDNN gains: a choice by shape alone, so that the bits stay the same."""
     n, d = left.x.shape
     float32_on_cpu = left.compute == torch.float32 and left.x.device.type == "cpu"

@@ -40,7 +40,7 @@ def gram_stats_sampled(request: Request, sample: int | Sample, fold: Callable[[R
     Raises:
         InputError: if the number of pairs is not positive, or per-vector sums are wanted.
     """
-    plan = _checked(sample)
+    plan = checked_sample(sample)
     if request.want & ROW_ABS:
         raise InputError(
             "sample cannot be combined with want='row_abs': a per-vector sum needs all its pairs; drop one of them"
@@ -55,23 +55,28 @@ def gram_stats_sampled(request: Request, sample: int | Sample, fold: Callable[[R
     record = fold(replace(request, want=0, bins=0))  # norms, zero and nonfinite of all vectors: one read
     wanted = request.want | ABS_SUM
     totals: list[GramStats] = []
-    for indices, indices_y in _groups(request, plan):
-        part = replace(request, x=_gather(request.x, indices), want=wanted)
+    for indices, indices_y in sample_groups(request, plan):
+        part = replace(request, x=gather(request.x, indices), want=wanted)
         if request.y is not None and indices_y is not None:
-            part.y = _gather(request.y, indices_y)
+            part.y = gather(request.y, indices_y)
         totals.append(_named(fold(part), indices, indices_y, request.x.shape[0]))
     _combine(record, totals, request)
     return poison(record)
 
 
-def _checked(sample: int | Sample) -> Sample:
+def checked_sample(sample: int | Sample) -> Sample:
+    """What a caller passed as ``sample``, with a seed.
+
+    Raises:
+        InputError: if the number of pairs is not a positive integer.
+    """
     plan = sample if isinstance(sample, Sample) else Sample(sample)
     if isinstance(plan.pairs, bool) or not isinstance(plan.pairs, int) or plan.pairs < 1:
         raise InputError(f"sample needs a positive number of pairs (int or Sample), got {plan.pairs!r}")
     return plan
 
 
-def _groups(request: Request, plan: Sample) -> Iterator[tuple[Tensor, Tensor | None]]:
+def sample_groups(request: Request, plan: Sample) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Index tensors (groups, g), a bounded number of groups at a time."""
     b, n, d = request.x.shape
     m = None if request.y is None else request.y.shape[1]
@@ -94,7 +99,7 @@ def _groups(request: Request, plan: Sample) -> Iterator[tuple[Tensor, Tensor | N
         left -= count
 
 
-def _gather(x: Tensor, indices: Tensor) -> Tensor:
+def gather(x: Tensor, indices: Tensor) -> Tensor:
     """(b, n, d) -> (b * groups, g, d)."""
     flat = indices.reshape(-1).to(x.device)
     if x.dtype in FLOAT8:  # not every torch indexes these

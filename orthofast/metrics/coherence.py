@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from orthofast.errors import InputError
-from orthofast.kernels import Sample, gram_stats
+from orthofast.kernels import Sample, gram_stats, mean_abs_cosine, mean_square_cosine
+from orthofast.kernels.autograd import needs_operator
 from orthofast.metrics import column_gram
 from orthofast.metrics.answers import answer, needed
 from orthofast.records import GramStats
@@ -76,7 +77,9 @@ def pii(
 
     Returns:
         () float64 on the weight's device, (heads,) for vectors="heads". NaN with fewer than two non-zero vectors, or
-        where a vector holds NaN or Inf. Detached: no gradient flows through it in this version.
+        where a vector holds NaN or Inf. Differentiable wherever the weight requires a gradient, which is made in the
+        same sweep and costs twice the value (:func:`orthofast.kernels.mean_abs_cosine` has the formula and a smooth
+        form); measure under ``torch.no_grad()`` to save it.
 
     Raises:
         InputError: if an argument cannot be used.
@@ -89,6 +92,8 @@ def pii(
     tensor([0., 0.], dtype=torch.float64)
     """
     x = as_vectors(weight, vectors, heads)
+    if needs_operator(x):
+        return answer(mean_abs_cosine(x, sample=sample, precision=precision, backend=backend), vectors)
     stats = gram_stats(x, sample=sample, precision=precision, backend=backend)
     return answer(pii_from(stats), vectors)
 
@@ -199,13 +204,15 @@ def mean_squared_cosine(
 
     Many short vectors (n >= 4 d) are measured in float64 on the d x d side, at d / n of the cost, without any backend;
     the pairs are folded otherwise, with ``sample``, with precision="high", and where a ``backend`` is named.
-    Arguments, result and errors as in :func:`pii`.
+    Arguments, result, gradient and errors as in :func:`pii`.
 
     >>> import torch
     >>> mean_squared_cosine(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     tensor(0.5000, dtype=torch.float64)
     """
     x = as_vectors(weight, vectors, heads)
+    if needs_operator(x):
+        return answer(mean_square_cosine(x, sample=sample, precision=precision, backend=backend), vectors)
     if sample is None and backend is None and precision in EXACT and column_gram.is_cheaper(*x.shape[1:]):
         return answer(column_gram.mean_square(x), vectors)
     stats = gram_stats(x, want=("sq_sum",), sample=sample, precision=precision, backend=backend)
