@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -73,7 +74,7 @@ def as_vectors(weight: Array, vectors: str = "rows", heads: int | None = None) -
     rows = _flat(x)
     if vectors == "heads":
         blocks = _checked_heads(heads, len(rows))
-        return rows.view(blocks, len(rows) // blocks, rows.shape[1])
+        return _reshaped(rows, (blocks, len(rows) // blocks, rows.shape[1]), "vectors='heads'")
     return rows.unsqueeze(0)
 
 
@@ -148,7 +149,20 @@ def _from_numpy(array: Floats, name: str) -> Tensor:
 
 def _flat(x: Tensor) -> Tensor:
     """(n, ...) -> (n, d)."""
-    return x if x.dim() == 2 else x.flatten(1)
+    return x if x.dim() == 2 else _reshaped(x, (len(x), math.prod(x.shape[1:])), "a kernel of several taps")
+
+
+def _reshaped(x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    try:
+        return x.reshape(shape)
+    except RuntimeError as error:
+        placements = getattr(x, "placements", None)
+        if placements is None:
+            raise
+        raise InputError(
+            f"{what} needs a DTensor whose shards end where blocks of {shape} do, got shape {tuple(x.shape)} with "
+            f"placements {placements}; redistribute it first, or measure full_tensor()"
+        ) from error
 
 
 def _center_tap(x: Tensor) -> Tensor:

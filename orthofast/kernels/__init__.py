@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from orthofast.errors import BackendError
-from orthofast.kernels import dispatch
+from orthofast.kernels import dispatch, doors
 from orthofast.kernels.autograd import mean_abs_cosine, mean_square_cosine
 from orthofast.kernels.contract import _DEFAULT_WANT, Request, make_request
 from orthofast.kernels.sampling import Sample, gram_stats_sampled
@@ -51,6 +51,12 @@ def gram_stats(
     >>> record.pairs.tolist(), record.abs_sum.tolist(), record.argmax.tolist()
     ([3], [1.0], [[0, 1]])
     """
+    handler = doors.handler_of(x, y)
+    if handler is not None:
+        named = (want,) if isinstance(want, str) else tuple(want)
+        return handler.gram_stats(
+            x, y, normalize=normalize, want=named, bins=bins, sample=sample, precision=precision, backend=backend
+        )
     request = make_request(x, y, normalize=normalize, want=want, bins=bins, precision=precision)
     if sample is not None:
         return gram_stats_sampled(request, sample, _fold_with(backend))
@@ -75,6 +81,10 @@ def gram_stats_many(
     [3, 6]
     """
     want = want if want is _DEFAULT_WANT or isinstance(want, str) else tuple(want)
+    if any(doors.handler_of(x) is not None for x in xs):  # each in its turn: all ranks see the same order
+        return [
+            gram_stats(x, normalize=normalize, want=want, bins=bins, precision=precision, backend=backend) for x in xs
+        ]
     requests = [make_request(x, normalize=normalize, want=want, bins=bins, precision=precision) for x in xs]
     groups: dict[str, list[int]] = {}
     for index, request in enumerate(requests):

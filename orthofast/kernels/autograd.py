@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from orthofast.errors import InputError
-from orthofast.kernels import dispatch, gradients
+from orthofast.kernels import dispatch, doors, gradients
 from orthofast.kernels.contract import Request, make_request
 from orthofast.kernels.gradients import ABS, Curve, PairGradient, gradient_dtype
 from orthofast.kernels.sampling import Sample, checked_sample, gather, sample_groups
@@ -126,6 +126,9 @@ def pair_mean(
     for side in (x,) if y is None else (x, y):
         if not isinstance(side, Tensor):
             make_request(x, y)  # says what is wrong
+    handler = doors.handler_of(x, y)
+    if handler is not None:
+        return handler.pair_mean(x, y, curve, sample, precision, backend)
     x = x.unsqueeze(0) if x.dim() == 2 else x
     y = y.unsqueeze(0) if y is not None and y.dim() == 2 else y
     plan = Sample(0) if sample is None else checked_sample(sample)

@@ -11,6 +11,7 @@ from torch import Tensor
 from orthofast.errors import InputError
 from orthofast.kernels import Sample, gram_stats, mean_abs_cosine, mean_square_cosine
 from orthofast.kernels.autograd import needs_operator
+from orthofast.kernels.doors import handler_of
 from orthofast.metrics import column_gram
 from orthofast.metrics.answers import answer, needed
 from orthofast.records import GramStats
@@ -213,7 +214,8 @@ def mean_squared_cosine(
     x = as_vectors(weight, vectors, heads)
     if needs_operator(x):
         return answer(mean_square_cosine(x, sample=sample, precision=precision, backend=backend), vectors)
-    if sample is None and backend is None and precision in EXACT and column_gram.is_cheaper(*x.shape[1:]):
+    whole = sample is None and backend is None and precision in EXACT and handler_of(x) is None
+    if whole and column_gram.is_cheaper(*x.shape[1:]):
         return answer(column_gram.mean_square(x), vectors)
     stats = gram_stats(x, want=("sq_sum",), sample=sample, precision=precision, backend=backend)
     return answer(mean_squared_cosine_from(stats), vectors)
