@@ -7,18 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orthofast.training.layers import Layer, Layers, Skipped, find_layers
+    from orthofast.training.monitor import Monitor
+    from orthofast.training.sinks import Console, Csv, JsonLines, MLflow, TensorBoard, WandB
 
 __all__ = [
+    "Console",
+    "Csv",
+    "JsonLines",
     "Layer",
     "Layers",
+    "MLflow",
+    "Monitor",
     "Skipped",
+    "TensorBoard",
+    "WandB",
     "find_layers",
 ]
 
 _HOME = {
+    "Console": "sinks",
+    "Csv": "sinks",
+    "JsonLines": "sinks",
     "Layer": "layers",
     "Layers": "layers",
+    "MLflow": "sinks",
+    "Monitor": "monitor",
     "Skipped": "layers",
+    "TensorBoard": "sinks",
+    "WandB": "sinks",
     "find_layers": "layers",
 }
 

@@ -1,0 +1,169 @@
+"""What a monitor measures: the table of its metrics, and the formulas from a model's tensors to one value per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from orthofast.kernels import gram_stats, gram_stats_many
+from orthofast.metrics.coherence import (
+    isotropic_baseline,
+    max_coherence_from,
+    mean_squared_cosine_from,
+    pii_from,
+)
+from orthofast.metrics.gram import diagonal_dominance_from
+from orthofast.records import GramStats
+from orthofast.training.layers import Layer
+
+WEIGHTS, GRADIENTS, ACTIVATIONS, CHANGES = "weights", "gradients", "activations", "changes"
+Failed: TypeAlias = "Callable[[Layer, Exception], None]"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One metric of a monitor.
+
+    Attributes:
+        name: in keys, ``orthofast/<name>/...``.
+        source: what it is measured of: "weights", "gradients", "activations", or "changes" of weights since the start.
+        want: fields the record must hold, for metrics on records of weights.
+        normalize: whether that record is of cosines or of raw dot products.
+        low_is_worse: which extreme is reported.
+    """
+
+    name: str
+    source: str
+    want: str = ""
+    normalize: bool = True
+    low_is_worse: bool = False
+
+
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        Measure("pii", WEIGHTS, "abs_sum"),
+        Measure("pii_ratio", WEIGHTS, "abs_sum"),
+        Measure("max_coherence", WEIGHTS, "abs_max"),
+        Measure("mean_squared_cosine", WEIGHTS, "sq_sum"),
+        Measure("diagonal_dominance", WEIGHTS, "row_abs", normalize=False),
+        Measure("weight_domination", GRADIENTS, low_is_worse=True),
+        Measure("orthogonality_gap", ACTIVATIONS),
+        Measure("dying_frac", ACTIVATIONS),
+        Measure("full_frac", ACTIVATIONS),
+    )
+}
+DEFAULT = ("pii", "pii_ratio", "max_coherence")
+FIELDS = ("abs_sum", "sq_sum", "abs_max", "argmax")  # of a record, one entry an item
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Values of one metric on a device, and the layers they belong to; float64, (len(paths),)."""
+
+    metric: str
+    paths: tuple[str, ...]
+    values: Tensor
+
+
+def vectors_of(layers: Sequence[Layer], failed: Failed) -> list[tuple[Layer, Tensor]]:
+    """The layers' vectors as they are now, (1, n, d); one that cannot be had is handed to ``failed``."""
+    found = []
+    for layer in layers:
+        try:
+            found.append((layer, _still(layer)))
+        except Exception as error:  # noqa: BLE001 - the other layers are measured
+            failed(layer, error)
+    return found
+
+
+def _still(layer: Layer) -> Tensor:
+    """Vectors, with the layer's parametrisations in eval mode: spectral_norm's would take a step in training mode."""
+    parametrizations = getattr(layer.module, "parametrizations", None)
+    if not isinstance(parametrizations, torch.nn.Module):
+        return layer.vectors()
+    modes = [(module, module.training) for module in parametrizations.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        return layer.vectors()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def of_weights(
+    measures: Sequence[Measure], layers: Sequence[tuple[Layer, Tensor]], paths: dict[str, str], failed: Failed
+) -> list[Part]:
+    """All metrics on records of weights: one grouped fold of cosines, and one of dot products if any asks for it."""
+    parts = []
+    for normalize in (True, False):
+        asked = [measure for measure in measures if measure.normalize == normalize]
+        if not asked:
+            continue
+        want = tuple(dict.fromkeys(measure.want for measure in asked))
+        kept, records = _fold(layers, normalize, want, failed)
+        if not records:
+            continue
+        names = tuple(paths[layer.name] for layer, _ in kept)
+        joined = _join(records)
+        parts += [Part(measure.name, names, _formula(measure.name, joined, records, kept)) for measure in asked]
+        if normalize or len({m.normalize for m in measures}) == 1:
+            parts.append(Part("nonfinite", names, joined.nonfinite.to(torch.float64)))
+            parts.append(Part("zero", names, joined.zero.to(torch.float64)))
+    return parts
+
+
+def _fold(
+    layers: Sequence[tuple[Layer, Tensor]], normalize: bool, want: tuple[str, ...], failed: Failed
+) -> tuple[list[tuple[Layer, Tensor]], list[GramStats]]:
+    # squared lengths are float64 in every record; products of float32 need no more here
+    precision = "auto" if normalize else "highest"
+    try:
+        records = gram_stats_many([x for _, x in layers], normalize=normalize, want=want, precision=precision)
+    except Exception:  # noqa: BLE001 - one layer's fault; find it
+        kept, records = [], []
+        for layer, x in layers:
+            try:
+                records.append(gram_stats(x, normalize=normalize, want=want, precision=precision))
+                kept.append((layer, x))
+            except Exception as error:  # noqa: BLE001 - reported
+                failed(layer, error)
+        return kept, records
+    return list(layers), records
+
+
+def _join(records: Sequence[GramStats]) -> GramStats:
+    """Records of one item each as one record of many; fields per vector stay behind."""
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(record, name).to(device) for record in records])
+
+    device = records[0].pairs.device
+    whole = GramStats(pairs=joined("pairs"), zero=joined("zero"), nonfinite=joined("nonfinite"))
+    for name in FIELDS:
+        if getattr(records[0], name) is not None:
+            setattr(whole, name, joined(name))
+    return whole
+
+
+def _formula(
+    name: str, joined: GramStats, records: Sequence[GramStats], kept: Sequence[tuple[Layer, Tensor]]
+) -> Tensor:
+    """(layers,) float64."""
+    if name == "max_coherence":
+        return max_coherence_from(joined).value
+    if name == "mean_squared_cosine":
+        return mean_squared_cosine_from(joined)
+    if name == "diagonal_dominance":
+        device = joined.pairs.device
+        return torch.cat([diagonal_dominance_from(record).mean.to(device) for record in records])
+    value = pii_from(joined)
+    if name == "pii":
+        return value
+    baselines = torch.tensor([isotropic_baseline(x.shape[2]) for _, x in kept], dtype=torch.float64)
+    return value / baselines.to(value.device, non_blocking=True)
