@@ -7,35 +7,73 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orthofast.training.layers import Layer, Layers, Skipped, find_layers
+    from orthofast.training.losses import (
+        ConvOrthogonality,
+        FramePotential,
+        MeanAbsCosine,
+        MutualCoherence,
+        SoftOrthogonality,
+        add_penalty_grad_,
+        conv_orthogonality_loss,
+        frame_potential_loss,
+        mutual_coherence_loss,
+        pii_loss,
+        soft_orthogonality_loss,
+    )
     from orthofast.training.monitor import Monitor
     from orthofast.training.sinks import Console, Csv, JsonLines, MLflow, TensorBoard, WandB
+    from orthofast.training.srip import SRIP
 
 __all__ = [
+    "SRIP",
     "Console",
+    "ConvOrthogonality",
     "Csv",
+    "FramePotential",
     "JsonLines",
     "Layer",
     "Layers",
     "MLflow",
+    "MeanAbsCosine",
     "Monitor",
+    "MutualCoherence",
     "Skipped",
+    "SoftOrthogonality",
     "TensorBoard",
     "WandB",
+    "add_penalty_grad_",
+    "conv_orthogonality_loss",
     "find_layers",
+    "frame_potential_loss",
+    "mutual_coherence_loss",
+    "pii_loss",
+    "soft_orthogonality_loss",
 ]
 
 _HOME = {
     "Console": "sinks",
+    "ConvOrthogonality": "losses",
     "Csv": "sinks",
+    "FramePotential": "losses",
     "JsonLines": "sinks",
     "Layer": "layers",
     "Layers": "layers",
     "MLflow": "sinks",
+    "MeanAbsCosine": "losses",
     "Monitor": "monitor",
+    "MutualCoherence": "losses",
+    "SRIP": "srip",
     "Skipped": "layers",
+    "SoftOrthogonality": "losses",
     "TensorBoard": "sinks",
     "WandB": "sinks",
+    "add_penalty_grad_": "losses",
+    "conv_orthogonality_loss": "losses",
     "find_layers": "layers",
+    "frame_potential_loss": "losses",
+    "mutual_coherence_loss": "losses",
+    "pii_loss": "losses",
+    "soft_orthogonality_loss": "losses",
 }
 
 

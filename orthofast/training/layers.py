@@ -78,6 +78,11 @@ class Layer:
     part: Part
     tensor: Tensor | None = None
 
+    @classmethod
+    def of_tensor(cls, tensor: Tensor, name: str = "weight") -> Layer:
+        """A tensor given by itself: rows, or flattened filters."""
+        return cls(name, None, Part("weight"), tensor)
+
     @property
     def parameter(self) -> Tensor:
         """The whole parameter as its module holds it now; of a parametrised module, as it computes it."""
@@ -93,11 +98,21 @@ class Layer:
         Args:
             parameter: take the same part of this tensor instead, such as the parameter's gradient or an older copy.
         """
-        whole = self.parameter if parameter is None else parameter
-        if self.part.blocks > 1:
-            size = len(whole) // self.part.blocks
-            whole = whole.narrow(0, self.part.block * size, size)
-        return as_vectors(whole, self.part.vectors)
+        return as_vectors(self.rows_of(self.parameter if parameter is None else parameter), self.part.vectors)
+
+    def rows_of(self, parameter: Tensor) -> Tensor:
+        """The rows of the parameter, or of a tensor of its shape, that this part is: a view."""
+        if self.part.blocks == 1:
+            return parameter
+        size = len(parameter) // self.part.blocks
+        return parameter.narrow(0, self.part.block * size, size)
+
+    def as_stored(self, vectors: Tensor) -> Tensor:
+        """(n, d) values, one per entry of the vectors, in the shape and order of :meth:`rows_of`."""
+        shape = self.rows_of(self.parameter).shape
+        if self.part.vectors == "cols":
+            return vectors.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+        return vectors.reshape(shape)
 
 
 class Skipped(NamedTuple):
@@ -247,7 +262,7 @@ def _candidates(source: Source) -> Iterator[tuple[Layer, str]]:
         elif not isinstance(value, Tensor):
             raise InputError(f"source[{index}] needs a module or a tensor, got {type(value).__name__}")
         elif is_lazy(value) or value.dim() >= 2:
-            yield Layer(name, None, Part("weight"), value), ""
+            yield Layer.of_tensor(value, name), ""
 
 
 def _of_model(model: nn.Module, prefix: str) -> Iterator[tuple[Layer, str]]:
