@@ -49,9 +49,9 @@ def weight_domination(weight: Array, gradient: Array) -> Tensor:
 
 def domination_from(of_weight: Tensor, of_gradient: Tensor) -> Tensor:
     """The ratio of largest singular values, elementwise; NaN where the weight's is 0."""
+    nothing: Tensor = of_weight == 0
     ratio: Tensor = of_gradient / of_weight
-    known: Tensor = torch.where(of_weight == 0, float("nan"), ratio)
-    return known
+    return ratio.masked_fill(nothing, float("nan"))
 
 
 def starting_vector(d: int, device: torch.device) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from orthofast.kernels import gram_stats, gram_stats_many
 from orthofast.metrics.coherence import (
@@ -70,30 +72,33 @@ class Part:
     values: Tensor
 
 
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Hold parametrisations in eval mode: in training mode, reading a weight under spectral_norm changes it."""
+    modes = [
+        (part, part.training)
+        for module in model.modules()
+        if isinstance(module, ParametrizationList)
+        for part in module.modules()
+    ]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def vectors_of(layers: Sequence[Layer], failed: Failed) -> list[tuple[Layer, Tensor]]:
     """The layers' vectors as they are now, (1, n, d); one that cannot be had is handed to ``failed``."""
     found = []
     for layer in layers:
         try:
-            found.append((layer, _still(layer)))
+            found.append((layer, layer.vectors()))
         except Exception as error:  # noqa: BLE001 - the other layers are measured
             failed(layer, error)
     return found
-
-
-def _still(layer: Layer) -> Tensor:
-    """Vectors, with the layer's parametrisations in eval mode: spectral_norm's would take a step in training mode."""
-    parametrizations = getattr(layer.module, "parametrizations", None)
-    if not isinstance(parametrizations, torch.nn.Module):
-        return layer.vectors()
-    modes = [(module, module.training) for module in parametrizations.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        return layer.vectors()
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def of_weights(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthofast.errors import InputError
 from orthofast.training.capture import CURE
 from orthofast.training.layers import Select, Skipped
-from orthofast.training.measures import DEFAULT, MEASURES, Part
+from orthofast.training.measures import DEFAULT, MEASURES, Part, still
 from orthofast.training.probe import Probe
 from orthofast.training.rows import PREFIX, Row, add_metric
 from orthofast.training.schedule import Mark, Schedule, mark
@@ -119,8 +119,9 @@ class Monitor:
         self._schedule = Schedule(every_n_steps, overhead)
         self._sinks = Sinks(log)
         self._said: set[str] = set()
-        with torch.no_grad():
-            self._probe = Probe(getattr(model, "_orig_mod", model), metrics, layers, self._say)
+        model = getattr(model, "_orig_mod", model)
+        with torch.no_grad(), still(model):
+            self._probe = Probe(model, metrics, layers, self._say)
         self._count = 0
         self._next = 1  # step on which something happens
         self._gradients: list[Part] = []
@@ -197,7 +198,8 @@ class Monitor:
     def _harmless(self) -> Iterator[None]:
         """No gradients, no autocast, and no exception that reaches the training."""
         try:
-            with torch.no_grad(), torch.autocast(self._probe.device.type, enabled=False):
+            device = self._probe.device.type
+            with torch.no_grad(), torch.autocast(device, enabled=False), still(self._probe.model):
                 yield
         except Exception as error:  # noqa: BLE001 - the last line of defence
             self._next = NEVER

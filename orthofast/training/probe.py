@@ -57,6 +57,7 @@ class Probe:
         say: takes a sentence, to be reported once.
 
     Attributes:
+        model: as given.
         device: where the results lie: that of the first layer.
         sharded: whether any layer's parameter is a DTensor, so that all processes measure together.
         layers: those measured, in order.
@@ -70,7 +71,7 @@ class Probe:
     def __init__(self, model: nn.Module, metrics: Sequence[str], select: Select, say: Callable[[str], None]) -> None:
         self.measures = checked(metrics)
         self.capture: watching.Capture | None = None
-        self._model = model
+        self.model = model
         self._select = select
         self._say = say
         self._lost: set[str] = set()  # layers that failed: reported, left out from then on
@@ -111,12 +112,12 @@ class Probe:
 
     def refresh(self) -> None:
         """Notice modules that left or joined the model since the layers were listed."""
-        present = {id(module) for module in self._model.modules()}
+        present = {id(module) for module in self.model.modules()}
         gone = [layer.name for layer in self.layers if layer.module is not None and id(layer.module) not in present]
         if not gone:
             return
         try:
-            found = find_layers(self._model, self._select)
+            found = find_layers(self.model, self._select)
         except InputError:  # the selection chooses nothing of what is left
             found = find_layers([])
         self._plan(found)
@@ -160,9 +161,9 @@ class Probe:
             for layer in self.layers
             if layer.module is not None and layer.part.attribute == "weight"
         }
-        firing = watching.firing_modules(self._model) or outputs
+        firing = watching.firing_modules(self.model) or outputs
         self.capture = watching.Capture(
-            self._model,
+            self.model,
             outputs if "orthogonality_gap" in asked else {},
             firing if asked & {"dying_frac", "full_frac"} else {},
         )

@@ -1,0 +1,556 @@
+"""The monitor: right numbers, on the right steps, without a trace in the training, whatever fails."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import orthofast
+from orthofast.errors import InputError
+from orthofast.metrics import mean_squared_cosine
+from orthofast.training import Monitor
+from orthofast.training import monitor as module_under_test
+from orthofast.training.measures import MEASURES
+from orthofast.training.rows import Row
+
+WEIGHT_METRICS = ("pii", "pii_ratio", "max_coherence", "mean_squared_cosine", "diagonal_dominance")
+ALL = tuple(MEASURES)
+
+
+class Rows:
+    """A sink that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.closed = False
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def steps(self) -> list[int]:
+        return [row.step for row in self.rows]
+
+
+def net(dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(12, 24), nn.ReLU(), nn.Dropout(dropout), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
+
+
+def train(
+    model: nn.Module,
+    steps: int,
+    after: Callable[[int], object] = lambda step: None,
+    *,
+    before: Callable[[int], object] = lambda step: None,
+    start: int = 0,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Plain SGD; the data of a step depend on its number alone."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(start + 1, start + steps + 1):
+        before(step)
+        x = torch.randn(10, 12, generator=torch.Generator().manual_seed(step))
+        (forward or model)(x).square().mean().backward()
+        optimizer.step()
+        after(step)
+        optimizer.zero_grad()
+
+
+def monitored(model: nn.Module, steps: int, **given: Any) -> tuple[Rows, Monitor]:
+    rows = Rows()
+    given = {"every_n_steps": 2, "overhead": None, "worst_k": None, "log": rows, **given}
+    monitor = Monitor(model, **given)
+    train(model, steps, lambda step: monitor.step())
+    return rows, monitor
+
+
+@pytest.fixture
+def calm() -> Iterator[None]:
+    """No warning may come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+# the numbers
+
+
+@pytest.mark.parametrize("metric", WEIGHT_METRICS)
+def test_weight_metrics_are_those_of_a_direct_call(metric: str, calm: None) -> None:
+    direct: dict[str, Callable[[Tensor], float]] = {
+        "pii": lambda w: orthofast.pii(w).item(),
+        "pii_ratio": lambda w: orthofast.pii(w).item() / orthofast.isotropic_baseline(w.shape[1]),
+        "max_coherence": lambda w: orthofast.max_coherence(w).value.item(),
+        "mean_squared_cosine": lambda w: mean_squared_cosine(w).item(),
+        "diagonal_dominance": lambda w: orthofast.diagonal_dominance(w).mean.item(),
+    }
+    model = net()
+    rows, _ = monitored(model, 4, metrics=(metric,))
+    values = rows.rows[-1].values
+    truth = {name: direct[metric](layer.weight.detach()) for name, layer in layers_of(model).items()}
+    for name, expected in truth.items():
+        assert values[f"orthofast/{metric}/{name}"] == pytest.approx(expected, rel=2e-6)
+    assert values[f"orthofast/{metric}/mean"] == pytest.approx(sum(truth.values()) / len(truth), rel=2e-6)
+    worst = max(truth, key=lambda name: truth[name])
+    assert values[f"orthofast/{metric}/argmax"] == worst
+    assert values[f"orthofast/{metric}/max"] == values[f"orthofast/{metric}/{worst}"]
+
+
+def test_weight_domination_is_the_ratio_of_largest_singular_values(calm: None) -> None:
+    model, truth = net(), {}
+    monitor = Monitor(model, every_n_steps=3, metrics=("weight_domination",), worst_k=None, log=[], overhead=None)
+
+    def after(step: int) -> None:
+        monitor.step()
+        for name, layer in layers_of(model).items():
+            assert layer.weight.grad is not None
+            sigma = [torch.linalg.matrix_norm(m.detach().double(), 2).item() for m in (layer.weight.grad, layer.weight)]
+            truth[name] = sigma[0] / sigma[1]
+
+    train(model, 3, after)
+    for name, expected in truth.items():
+        assert monitor.latest[f"orthofast/weight_domination/{name}"] == pytest.approx(expected, rel=1e-3)
+    assert monitor.latest["orthofast/weight_domination/argmin"] == min(truth, key=lambda name: truth[name])
+
+
+def test_activation_metrics_are_those_of_the_same_forward(calm: None) -> None:
+    model, seen = net(), {}
+    handles = [
+        m.register_forward_hook(lambda m, i, out, name=name: seen.update({name: out.detach().clone()}))
+        for name, m in model.named_modules()
+    ]
+    rows, _ = monitored(model, 2, metrics=("orthogonality_gap", "dying_frac", "full_frac"))
+    values = rows.rows[-1].values
+    for name in layers_of(model):
+        gap = orthofast.orthogonality_gap(seen[name]).item()
+        assert values[f"orthofast/orthogonality_gap/{name}"] == pytest.approx(gap, rel=1e-5)
+    for name in ("1", "4"):
+        fired = (seen[name] > 0).sum(0)
+        assert values[f"orthofast/dying_frac/{name}"] == pytest.approx((fired == 0).double().mean().item())
+        assert values[f"orthofast/full_frac/{name}"] == pytest.approx((fired == len(seen[name])).double().mean().item())
+    assert sum(len(m._forward_hooks) for m in model.modules()) == len(handles)
+
+
+def test_worst_k_limits_the_layers_that_get_a_key(calm: None) -> None:
+    rows, _ = monitored(net(), 2, metrics=("pii",), worst_k=1)
+    values = rows.rows[0].values
+    layer = values["orthofast/pii/argmax"]
+    assert [key for key in values if key.startswith("orthofast/pii/")] == [
+        "orthofast/pii/mean", "orthofast/pii/max", "orthofast/pii/argmax", f"orthofast/pii/{layer}",
+    ]  # fmt: skip
+    none, _ = monitored(net(), 2, metrics=("pii",), worst_k=0)
+    assert "orthofast/pii/mean" in none.rows[0].values
+    assert f"orthofast/pii/{layer}" not in none.rows[0].values
+
+
+def test_layers_are_filtered(calm: None) -> None:
+    rows, _ = monitored(net(), 2, metrics=("pii",), layers=["0.*", "5.*"])
+    assert {key for key in rows.rows[0].values if key[-1].isdigit()} == {"orthofast/pii/0", "orthofast/pii/5"}
+
+
+# without a trace
+
+
+def after_training(steps: int, **given: Any) -> list[Tensor]:
+    """Weights, buffers and random state after training with dropout, autocast and batch norm; monitored if asked."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(24, 16)), nn.ReLU(), nn.Linear(16, 3),
+    )  # fmt: skip
+    monitor = Monitor(model, log=[], overhead=None, **given) if given else None
+    torch.manual_seed(2)
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out: Tensor = model(x)
+        return out.float()
+
+    train(model, steps, lambda step: monitor.step() if monitor else None, forward=forward)
+    return [*(value.clone() for value in model.state_dict().values()), torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("metrics", [ALL[:3], ALL], ids=["defaults", "all"])
+def test_a_monitored_run_computes_the_very_same_weights(metrics: tuple[str, ...], calm: None) -> None:
+    plain = after_training(6)
+    watched = after_training(6, every_n_steps=2, metrics=metrics)
+    assert len(plain) == len(watched)
+    for left, right in zip(plain, watched, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_modes_gradients_and_hooks_are_as_they_were(calm: None) -> None:
+    model = net(0.5)
+    _, monitor = monitored(model, 4, metrics=ALL)
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
+    monitor.close()
+    assert not model._forward_pre_hooks
+
+
+def test_hooks_are_there_on_armed_steps_only(calm: None) -> None:
+    model = net()
+    monitor = Monitor(model, every_n_steps=4, metrics=("dying_frac",), log=[], overhead=None)
+    hooked = []
+    train(
+        model,
+        8,
+        lambda step: monitor.step(),
+        before=lambda step: hooked.append(any(m._forward_hooks for m in model.modules())),
+    )
+    # step 1 shows whether the model is compiled; 4 and 8 are due
+    assert hooked == [True, False, False, True, False, False, False, True]
+
+
+def test_steps_that_are_not_due_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    monitor = Monitor(model, every_n_steps=5, log=[], overhead=None)
+    monitor.step()
+    acted: list[int] = []
+    monkeypatch.setattr(monitor, "_act", acted.append)
+    for _ in range(3):
+        monitor.step()
+    assert acted == []
+    monitor.step()
+    assert acted == [5]
+
+
+def test_a_copy_or_pickle_of_the_model_carries_no_monitor() -> None:
+    model = net()
+    monitor = Monitor(model, every_n_steps=2, metrics=("dying_frac",), log=[], overhead=None)
+    twin = copy.deepcopy(model)
+    thawed = pickle.loads(pickle.dumps(model))
+    train(model, 1, lambda step: monitor.step())
+    for other in (twin, thawed):  # a forward of theirs between is none of the monitor's
+        other(torch.full((10, 12), -1e3))
+    train(model, 1, lambda step: monitor.step(), start=1)
+    alone = Monitor(net(), every_n_steps=2, metrics=("dying_frac",), log=[], overhead=None)
+    train(alone._probe.model, 2, lambda step: alone.step())
+    assert monitor.latest["orthofast/dying_frac/mean"] == alone.latest["orthofast/dying_frac/mean"]
+
+
+# when
+
+
+def test_multiples_are_due_and_own_step_numbers_are_followed(calm: None) -> None:
+    rows, _ = monitored(net(), 9, every_n_steps=3)
+    assert rows.steps == [3, 6, 9]
+    rows = Rows()
+    monitor = Monitor(net(), every_n_steps=10, log=rows, overhead=None)
+    for step in range(17, 42):
+        monitor.step(step)
+    assert rows.steps == [20, 30, 40]
+
+
+def test_gradient_accumulation_counts_optimizer_steps(calm: None) -> None:
+    model, rows = net(), Rows()
+    metrics = ("weight_domination", "dying_frac", "orthogonality_gap")
+    monitor = Monitor(model, every_n_steps=2, metrics=metrics, worst_k=None, log=rows, overhead=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fired, first = torch.zeros(24, dtype=torch.long), torch.empty(0)
+    for step in range(1, 3):
+        for micro in range(3):
+            x = torch.randn(4, 12, generator=torch.Generator().manual_seed(10 * step + micro))
+            if step == 2:
+                with torch.no_grad():
+                    hidden = nn.functional.linear(x, model[0].weight, model[0].bias)
+                fired += (hidden > 0).sum(0)
+                first = hidden if micro == 0 else first
+            (model(x).square().mean() / 3).backward()
+        optimizer.step()
+        monitor.step()
+        optimizer.zero_grad()
+    values = rows.rows[0].values
+    assert rows.steps == [2]
+    # neurons over all micro-batches, the gap of the first
+    assert values["orthofast/dying_frac/1"] == pytest.approx((fired == 0).double().mean().item())
+    assert values["orthofast/full_frac/1" if "full_frac" in metrics else "orthofast/dying_frac/1"] is not None
+    assert values["orthofast/orthogonality_gap/0"] == pytest.approx(orthofast.orthogonality_gap(first).item(), rel=1e-5)
+
+
+def test_a_resumed_run_logs_what_an_unbroken_one_does(calm: None) -> None:
+    metrics = tuple(name for name in ALL if name != "full_frac")
+    whole, _ = monitored(net(), 12, every_n_steps=3, metrics=metrics)
+    model, rows = net(), Rows()
+    given: dict[str, Any] = {"every_n_steps": 3, "overhead": None, "worst_k": None, "log": rows, "metrics": metrics}
+    first = Monitor(model, **given)
+    train(model, 7, lambda step: first.step())
+    stopped = copy.deepcopy((model.state_dict(), first.state_dict()))
+    first.close()
+    again = net()
+    again.load_state_dict(stopped[0])
+    second = Monitor(again, **given)
+    second.load_state_dict(stopped[1])
+    train(again, 5, lambda step: second.step(), start=7)
+    assert rows.steps == whole.steps == [3, 6, 9, 12]
+    for left, right in zip(whole.rows, rows.rows, strict=True):
+        unlike = {"orthofast/overhead"}
+        assert {k: v for k, v in left.values.items() if k not in unlike} == {
+            k: v for k, v in right.values.items() if k not in unlike
+        }
+
+
+# what fails
+
+
+def test_a_nan_layer_is_counted_and_the_others_are_measured() -> None:
+    model = net()
+    with torch.no_grad():
+        model[3].weight[2, 1] = math.nan
+    rows = Rows()
+    monitor = Monitor(model, every_n_steps=1, metrics=ALL, worst_k=1, log=rows, overhead=None)
+    monitor.step()
+    values = rows.rows[0].values
+    assert values["orthofast/nonfinite/3"] == 1
+    assert math.isnan(float(values["orthofast/pii/3"]))  # among the worst
+    assert math.isfinite(float(values["orthofast/pii/mean"]))
+    assert values["orthofast/pii/argmax"] in ("0", "5")
+
+
+def test_a_sink_that_raises_is_reported_once_and_dropped() -> None:
+    def broken(values: dict[str, Any], step: int) -> None:
+        raise OSError("disk full")
+
+    model, rows = net(), Rows()
+    monitor = Monitor(model, every_n_steps=1, log=[broken, rows], overhead=None)
+    with pytest.warns(RuntimeWarning, match=r"the sink .*broken raised OSError: disk full; it gets no more") as caught:
+        train(model, 3, lambda step: monitor.step())
+    assert len(caught) == 1
+    assert rows.steps == [1, 2, 3]
+
+
+def test_a_module_that_leaves_is_reported_and_a_new_one_is_measured() -> None:
+    model, rows = net(), Rows()
+    monitor = Monitor(model, every_n_steps=1, metrics=("pii", "dying_frac"), worst_k=None, log=rows, overhead=None)
+    train(model, 1, lambda step: monitor.step())
+    model[5] = nn.Linear(16, 7)
+    with pytest.warns(RuntimeWarning, match=r"5\.weight changed hands"):
+        train(model, 1, lambda step: monitor.step())
+    assert rows.rows[1].values["orthofast/pii/5"] == pytest.approx(orthofast.pii(model[5].weight).item())
+    model[5] = nn.Identity()
+    with pytest.warns(RuntimeWarning, match=r"5\.weight left the model and no longer is measured; training goes on"):
+        train(model, 2, lambda step: monitor.step())
+    assert "orthofast/pii/5" not in rows.rows[-1].values
+    assert rows.rows[-1].values["orthofast/pii/0"] == pytest.approx(orthofast.pii(model[0].weight).item())
+    assert rows.steps == [1, 2, 3, 4]
+
+
+def test_a_replaced_parameter_is_read_anew(calm: None) -> None:
+    model, rows = net(), Rows()
+    monitor = Monitor(model, every_n_steps=1, metrics=("pii",), worst_k=None, log=rows, overhead=None)
+    model[0].weight.data = torch.eye(24, 12)
+    monitor.step()
+    assert rows.rows[-1].values["orthofast/pii/0"] == 0
+    model[0].weight = nn.Parameter(torch.ones(4, 12))
+    monitor.step()
+    assert rows.rows[-1].values["orthofast/pii/0"] == pytest.approx(1, abs=1e-6)
+    model.to(torch.float64)
+    monitor.step()
+    assert rows.rows[-1].values["orthofast/pii/3"] == pytest.approx(orthofast.pii(model[3].weight).item(), rel=1e-14)
+
+
+def test_a_layer_that_cannot_be_measured_any_more_is_a_row_with_its_error() -> None:
+    model, rows = net(), Rows()
+    monitor = Monitor(model, every_n_steps=1, metrics=("pii",), log=rows, overhead=None)
+    model[3].weight = nn.Parameter(torch.ones(3))
+    with pytest.warns(RuntimeWarning, match=r"3\.weight cannot be measured and is left out") as caught:
+        monitor.step()
+    monitor.step()
+    monitor.step()
+    assert len(caught) == 1
+    assert "needs at least 2 dimensions" in str(rows.rows[0].values["orthofast/error/3"])
+    assert "orthofast/error/3" not in rows.rows[1].values
+    assert rows.rows[2].values["orthofast/pii/0"] == pytest.approx(orthofast.pii(model[0].weight).item())
+
+
+def test_a_fold_that_fails_costs_one_layer_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orthofast.training import measures
+
+    real = measures.gram_stats
+
+    def many(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    def single(x: Tensor, **kwargs: Any) -> Any:
+        if x.shape[1] == 16:
+            raise RuntimeError("out of memory")
+        return real(x, **kwargs)
+
+    monkeypatch.setattr(measures, "gram_stats_many", many)
+    monkeypatch.setattr(measures, "gram_stats", single)
+    rows = Rows()
+    monitor = Monitor(net(), every_n_steps=1, metrics=("pii",), log=rows, overhead=None)
+    with pytest.warns(RuntimeWarning, match=r"3\.weight cannot be measured .* out of memory"):
+        monitor.step()
+    assert {"orthofast/pii/0", "orthofast/pii/5", "orthofast/error/3"} <= rows.rows[0].values.keys()
+
+
+def test_a_metric_that_fails_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orthofast.training import probe
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no convergence")
+
+    monkeypatch.setattr(probe, "largest_singular_values", broken)
+    model, rows = net(), Rows()
+    monitor = Monitor(model, every_n_steps=1, metrics=("pii", "weight_domination"), log=rows, overhead=None)
+    with pytest.warns(
+        RuntimeWarning, match="weight_domination failed and is left out from now on: RuntimeError"
+    ) as seen:
+        train(model, 3, lambda step: monitor.step())
+    assert len(seen) == 1
+    assert all("orthofast/pii/mean" in row.values for row in rows.rows)
+
+
+def test_whatever_else_fails_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(vector: Tensor) -> Tensor:
+        raise RuntimeError("a cable is loose")
+
+    monkeypatch.setattr(module_under_test, "_sent", broken)
+    model = net()
+    monitor = Monitor(model, every_n_steps=1, log=[], overhead=None)
+    with pytest.warns(RuntimeWarning, match="the monitor stopped at step 1: RuntimeError: a cable is loose") as caught:
+        train(model, 3, lambda step: monitor.step())
+    assert len(caught) == 1
+
+
+def test_nothing_is_raised_where_warnings_are_errors(capsys: pytest.CaptureFixture[str], calm: None) -> None:
+    def broken(values: dict[str, Any], step: int) -> None:
+        raise OSError("disk full")
+
+    Monitor(net(), every_n_steps=1, log=broken, overhead=None).step()
+    assert "disk full" in capsys.readouterr().err
+
+
+def test_gradients_that_are_gone_are_asked_for_in_a_sentence() -> None:
+    model = net()
+    monitor = Monitor(model, every_n_steps=1, metrics=("weight_domination",), log=[], overhead=None)
+    with pytest.warns(RuntimeWarning, match=r"call step\(\) before zero_grad\(\), or observe_gradients\(\)"):
+        monitor.step()
+    early = Monitor(model, every_n_steps=1, metrics=("weight_domination",), log=[], overhead=None)
+    model(torch.randn(4, 12)).sum().backward()
+    early.observe_gradients()
+    model.zero_grad()
+    early.step()
+    assert early.latest["orthofast/weight_domination/mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "sentence"),
+    [
+        (nn.Linear(4, 4, device="meta"), {}, "is on the meta device and holds no values"),
+        (nn.ReLU(), {}, "model has no layer that can be measured"),
+        (torch.ones(3, 3), {}, "model needs a torch.nn.Module, got Tensor"),
+        (nn.Linear(4, 4), {"metrics": ("pi",)}, "metrics needs names among pii, .*, got 'pi'"),
+        (nn.Linear(4, 4), {"metrics": ()}, "metrics is empty"),
+        (nn.Linear(4, 4), {"every_n_steps": 0}, "every_n_steps needs a positive integer, got 0"),
+        (nn.Linear(4, 4), {"every_n_steps": True}, "every_n_steps needs a positive integer, got True"),
+        (nn.Linear(4, 4), {"overhead": 0}, "overhead needs a positive share"),
+        (nn.Linear(4, 4), {"worst_k": -1}, "worst_k needs a number of layers, or None"),
+        (nn.Linear(4, 4), {"log": 3}, "log needs a callable"),
+        (nn.Linear(4, 4), {"layers": "decoder.*"}, "chooses none of the 1 layers"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(model: Any, given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Monitor(model, **given)
+
+
+def test_without_log_a_line_a_row_is_printed(capsys: pytest.CaptureFixture[str], calm: None) -> None:
+    with Monitor(net(), every_n_steps=2, overhead=None) as monitor:
+        for _ in range(2):
+            monitor.step()
+    line = capsys.readouterr().err
+    assert line.startswith("orthofast step 2: pii 0.")
+    assert "pii_ratio" in line
+    assert "(max 0." in line
+    assert line.count("\n") == 1
+
+
+def test_closing_flushes_removes_hooks_and_ends_it() -> None:
+    model, rows = net(), Rows()
+    with Monitor(model, every_n_steps=2, metrics=ALL, log=rows, overhead=None) as monitor:
+        train(model, 3, lambda step: monitor.step())
+    assert rows.closed
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    monitor.step(100)
+    assert rows.steps == [2]
+
+
+# numbers that arrive later, as from a device
+
+
+class Event:
+    """Stands in for a CUDA event."""
+
+    def __init__(self) -> None:
+        self.done, self.waited = False, False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.waited, self.done = not self.done, True
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1.0
+
+
+def test_numbers_on_their_way_are_handed_over_when_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    real = module_under_test.mark
+
+    def marked(device: torch.device) -> Any:
+        events.append(Event())
+        return type(real(device))(real(device).host_s, events[-1])
+
+    monkeypatch.setattr(module_under_test, "mark", marked)
+    rows = Rows()
+    monitor = Monitor(net(), every_n_steps=4, log=rows, overhead=None)
+    for _ in range(5):
+        monitor.step()
+    assert rows.steps == []  # step 4 is measured, nobody waits
+    events[-1].done = True
+    monitor.step()
+    assert rows.steps == [4]
+    assert not events[-1].waited
+    for _ in range(2):
+        monitor.step()
+    assert rows.steps == [4]
+    monitor.flush()
+    assert rows.steps == [4, 8]
+    assert events[-1].waited
+    for _ in range(8):  # 12 never arrives by itself: 16 waits for it
+        monitor.step()
+    assert rows.steps == [4, 8, 12]
+    monitor.close()
+    assert rows.steps == [4, 8, 12, 16]
+
+
+def test_the_console_line_names_errors_and_nan_layers() -> None:
+    from orthofast.training.sinks import Console
+
+    stream = io.StringIO()
+    Console(stream).write(Row(3, {"orthofast/nonfinite/head": 2.0, "orthofast/error/neck": "gone"}))
+    assert stream.getvalue() == "orthofast step 3: head: 2 vectors with NaN or Inf | neck: gone\n"
