@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/gram_stats.h"
+#include "core/pair_gradient.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -56,6 +57,29 @@ void gram_stats(const py::bytes& packed, int threads) {
   gram_stats_cpu(requests.data(), static_cast<int64_t>(requests.size()), threads);
 }
 
+constexpr size_t kGradientFields = 14;  // int64 values, in the order read below
+
+Units read_units(const int64_t* field) {
+  return Units{reinterpret_cast<const void*>(field[0]), reinterpret_cast<void*>(field[1]),
+               reinterpret_cast<const double*>(field[2]), field[3]};
+}
+
+void pair_gradient(const std::vector<int64_t>& field, double width, int threads) {
+  if (field.size() != kGradientFields) throw py::value_error("a gradient needs " + std::to_string(kGradientFields) + " integers");
+  GradientArgs args{};
+  args.x = read_units(field.data());
+  args.y = read_units(field.data() + 4);
+  args.cross = field[8] != 0;
+  args.wide = field[9] != 0;
+  args.curve = static_cast<CurveKind>(field[10]);
+  args.b = field[11];
+  args.d = field[12];
+  args.totals = reinterpret_cast<double*>(field[13]);
+  args.width = width;
+  py::gil_scoped_release release;
+  pair_gradient_cpu(args, threads);
+}
+
 std::vector<std::string> levels() {
   std::vector<std::string> names;
   for (const KernelTable* table : isa_levels()) names.emplace_back(table->name);
@@ -95,6 +119,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU fold of orthofast; orthofast.kernels.native_cpu is its only caller.";
   m.attr("FIELDS") = kFields;
   m.def("gram_stats", &gram_stats, py::arg("packed"), py::arg("threads"));
+  m.def("pair_gradient", &pair_gradient, py::arg("fields"), py::arg("width"), py::arg("threads"));
   m.def("isa", [] { return std::string(kernels_in_force().name); });
   m.def("isa_levels", &levels);
   m.def("force_isa", &force_isa, py::arg("name"));

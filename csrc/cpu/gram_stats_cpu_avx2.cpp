@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "fold_block.h"
+#include "gradient_block.h"
 #include "square_sums.h"
 
 namespace orthofast {
@@ -29,7 +30,8 @@ struct F32 : Plain<float, 8, 4, 3> {
 using F64 = Plain<double, 4, 4, 3>;
 
 constexpr size_t kWorkspace = workspace_bytes<F32>() > workspace_bytes<F64>() ? workspace_bytes<F32>() : workspace_bytes<F64>();
-constexpr KernelTable kTable{"avx2", square_sums, fold_block<F32>, fold_block<F64>, nullptr, spin<F32>, nullptr, kWorkspace};
+constexpr KernelTable kTable{"avx2", square_sums, fold_block<F32>, fold_block<F64>, nullptr, spin<F32>, nullptr, kWorkspace,
+                             gradient_table<F32, F64>()};
 
 }  // namespace
 

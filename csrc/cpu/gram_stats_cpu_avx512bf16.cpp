@@ -1,6 +1,7 @@
 // The fold for AVX-512 with bfloat16 products: two exact products a lane, summed in float32.
 #include "arithmetic_avx512.h"
 #include "fold_block.h"
+#include "gradient_block.h"
 #include "square_sums.h"
 
 namespace orthofast {
@@ -66,7 +67,8 @@ struct Bf16 {
 
 constexpr size_t kWorkspace = workspace_bytes<F64>() > workspace_bytes<Bf16>() ? workspace_bytes<F64>() : workspace_bytes<Bf16>();
 constexpr KernelTable kTable{"avx512bf16",    square_sums,      fold_block<F32>, fold_block<F64>,
-                             fold_block<Bf16>, spin<F32>, spin<Bf16>,      kWorkspace};
+                             fold_block<Bf16>, spin<F32>, spin<Bf16>,      kWorkspace,
+                             gradient_table<F32, F64>()};
 
 }  // namespace
 

@@ -6,10 +6,12 @@
 
 #include "../core/fold.h"
 #include "../core/gram_stats.h"
+#include "../core/pair_gradient.h"
 
 namespace orthofast {
 
 constexpr int64_t kMaxBlock = 384;  // vectors on a side of a block; a multiple of every panel width
+constexpr int64_t kMaxGradientBlock = 288;  // the same for gradients, where derivatives and operands share L2
 constexpr int64_t kDepthBytes = 1024;  // of one vector packed at a time: a panel and its partner stay in L2
 
 // One item of one side, as the kernels read it.
@@ -38,6 +40,27 @@ struct BlockTask {
   size_t strip_bytes;
 };
 
+// One pair of blocks of one item of unit vectors, (n, d) contiguous.
+struct GradientTask {
+  const void* left;
+  const void* right;
+  void* left_gradient;  // added to; null: the sum alone
+  void* right_gradient;
+  int64_t n_left, n_right, row0, rows, col0, cols, d;
+  bool diagonal;  // left and right are the same block: its cosines are made whole, without i = j
+  CurveKind curve;
+  double width;
+};
+
+struct GradientTable {
+  // the sum of the curve over the task's pairs; gradients are added to
+  double (*block_f32)(const GradientTask&, char* workspace);
+  double (*block_f64)(const GradientTask&, char* workspace);
+  void (*radial_f32)(const void* units, void* gradient, const double* inverse, int64_t vectors, int64_t d);
+  void (*radial_f64)(const void* units, void* gradient, const double* inverse, int64_t vectors, int64_t d);
+  size_t workspace_bytes;
+};
+
 using FoldBlock = void (*)(const BlockTask&, char* workspace, Partial& out);
 
 struct KernelTable {
@@ -50,6 +73,7 @@ struct KernelTable {
   double (*spin_f32)(int64_t steps);
   double (*spin_bf16)(int64_t steps);
   size_t workspace_bytes;
+  GradientTable gradient;
 };
 
 // Null where the file was not compiled for this processor family.

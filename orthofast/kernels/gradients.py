@@ -118,7 +118,7 @@ def _item(left: Side, right: Side, curve: Curve, dx: Tensor | None, dy: Tensor |
     others = units if alone else right.vectors(0, len(right.x))
     grad = None if dx is None else torch.zeros_like(units)
     grad_y = grad if alone else None if dy is None else torch.zeros_like(others)
-    if curve.kind == "square" and _prefers_square_side(units, others):
+    if curve.kind == "square" and prefers_square_side(units, others):
         total = _square_side(units, others, left.keep.sum(), grad, None if alone else grad_y)
     elif alone:
         total = _triangle(units, curve, grad)
@@ -210,9 +210,10 @@ def _finish(side: Side, units: Tensor, sums: Tensor) -> None:
         sums[rows].addcmul_(unit, radial, value=-1).mul_(side.inverse[rows]).mul_(side.scale[rows])
 
 
-def _prefers_square_side(units: Tensor, others: Tensor) -> bool:
-    d = units.shape[1]
-    return 0 < SQUARE_SIDE * d <= min(len(units), len(others))
+def prefers_square_side(x: Tensor, y: Tensor | None = None) -> bool:
+    """Whether squares of the cosines of (..., n, d), and (..., m, d), cost less on the d x d side."""
+    n, d = x.shape[-2:]
+    return 0 < SQUARE_SIDE * d <= (n if y is None else min(n, y.shape[-2]))
 
 
 def _square_side(units: Tensor, others: Tensor, kept: Tensor, grad: Tensor | None, grad_y: Tensor | None) -> Tensor:
