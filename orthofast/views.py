@@ -1,9 +1,10 @@
-"""A weight as vectors: which of its slices are compared, as a strided (b, n, d) tensor."""
+"""A weight as vectors: which of its slices are compared, as a strided (b, n, d) tensor, or as scaled float8 blocks."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -13,8 +14,107 @@ from torch.nn.parameter import is_lazy
 
 from orthofast.errors import InputError
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockScaled:
+    """8-bit floats with one factor per block: ``value[i, j] = data[i, j] * scale[i // rows, j // columns]``.
+
+    What checkpoints of DeepSeek-V3 and its kin store as ``weight`` and ``weight_scale_inv``. The last blocks may hang
+    over the edges. The tensors are shared, never copied or written to.
+
+    Attributes:
+        data: (n, d) or (b, n, d), float8.
+        scale: (ceil(n / rows), ceil(d / columns)), with (b, ...) in front as ``data``; a float dtype, same device.
+        block: (rows, columns) of one block.
+
+    Raises:
+        InputError: if they do not fit together.
+
+    >>> import torch
+    >>> data = torch.ones(3, 200).to(torch.float8_e4m3fn)
+    >>> weight = BlockScaled(data, torch.tensor([[0.5, 2.0]]))
+    >>> weight.dequantized(slice(0, 1))[0, [0, 127, 128]].tolist()
+    [0.5, 0.5, 2.0]
+    >>> tuple(as_vectors(weight, "cols").shape)
+    (1, 200, 3)
+    """
+
+    data: Tensor
+    scale: Tensor
+    block: tuple[int, int] = (128, 128)
+
+    def __post_init__(self) -> None:
+        data, scale, block = self.data, self.scale, self.block
+        for name, value in (("data", data), ("scale", scale)):
+            if not isinstance(value, Tensor):
+                raise InputError(
+                    f"{name} needs a torch.Tensor, got {type(value).__name__}; wrap it with torch.as_tensor"
+                )
+        if data.dtype not in FLOAT8:
+            raise InputError(f"data needs a float8 dtype, got {data.dtype}; a plain tensor needs no BlockScaled")
+        if data.dim() not in (2, 3):
+            raise InputError(f"data needs shape (n, d) or (b, n, d), got {tuple(data.shape)}; reshape it")
+        sides = isinstance(block, tuple) and len(block) == 2
+        if not sides or not all(type(side) is int and side > 0 for side in block):
+            raise InputError(f"block needs two positive integers, (rows, columns), got {block!r}")
+        if not scale.dtype.is_floating_point:
+            raise InputError(
+                f"scale needs a floating-point dtype, got {scale.dtype}; convert it with .to(torch.float32)"
+            )
+        if scale.device != data.device:
+            raise InputError(f"scale needs the device of data, {data.device}, got {scale.device}; move one of them")
+        wanted = (*data.shape[:-2], *(-(-size // side) for size, side in zip(data.shape[-2:], block, strict=True)))
+        if tuple(scale.shape) != wanted:
+            raise InputError(
+                f"scale needs shape {wanted}, one factor per block of {block[0]} x {block[1]} of data "
+                f"{tuple(data.shape)}, got {tuple(scale.shape)}; pass block= if the blocks are others"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix it stands for: (n, d) or (b, n, d)."""
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where data and scale are."""
+        return self.data.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """False: 8-bit weights are measured, not trained."""
+        return False
+
+    def transpose(self, first: int, second: int) -> BlockScaled:
+        """The matrix with rows and columns exchanged, sharing memory; other dimensions stay where they are."""
+        sides = {self.data.dim() - 2, self.data.dim() - 1}
+        if {first % self.data.dim(), second % self.data.dim()} != sides:
+            raise InputError(f"transpose needs the last two dimensions of a block-scaled matrix, got {first}, {second}")
+        return BlockScaled(self.data.transpose(-2, -1), self.scale.transpose(-2, -1), self.block[::-1])
+
+    def dequantized(self, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values of some rows, (rows, d) or (b, rows, d), multiplied in float32 and then rounded to ``dtype``.
+
+        A slice takes 4 bytes per value while it is made, whatever the size of the whole.
+        """
+        start, stop, step = rows.indices(self.shape[-2])
+        if step != 1:
+            raise InputError(f"rows needs a slice of step 1, got {rows}")
+        height, width = self.block
+        values = self.data[..., start:stop, :].to(torch.float32)
+        index = torch.arange(start, max(start, stop), device=self.device) // height
+        factors = self.scale.to(torch.float32)[..., index, :]
+        factors = factors.repeat_interleave(width, dim=-1)[..., : self.shape[-1]]
+        return values.mul_(factors).to(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a block-scaled matrix has no {name}; pass its .dequantized() where a tensor is needed")
+
+
 Floats: TypeAlias = NDArray[np.floating[Any]]
-Array: TypeAlias = Tensor | Floats
+Array: TypeAlias = Tensor | Floats | BlockScaled
 VECTORS = ("rows", "cols", "heads", "filters", "center_tap")
 NUMPY_DTYPES = ("float16", "float32", "float64")
 
@@ -41,9 +141,10 @@ def as_vectors(weight: Array, vectors: str = "rows", heads: int | None = None) -
 
     The result shares the weight's memory whenever strides can say it; "cols" of a kernel wider than one tap,
     non-contiguous kernels, and arrays with negative strides or foreign byte order are copied. It is never written to.
+    A :class:`BlockScaled` matrix gives a :class:`BlockScaled` (b, n, d) of the same memory, which folds take as it is.
 
     Args:
-        weight: a tensor or numpy array, floating point, at least 2-D.
+        weight: a tensor or numpy array, floating point, at least 2-D; or a :class:`BlockScaled` matrix.
         vectors: "rows", "cols", "heads", "filters" or "center_tap".
         heads: number of equal blocks of rows, with vectors="heads" only.
 
@@ -61,6 +162,8 @@ def as_vectors(weight: Array, vectors: str = "rows", heads: int | None = None) -
         raise InputError(f"vectors needs one of {', '.join(VECTORS)}, got {vectors!r}")
     if heads is not None and vectors != "heads":
         raise InputError(f"heads={heads!r} needs vectors='heads', got vectors={vectors!r}; change one of them")
+    if isinstance(weight, BlockScaled):
+        return cast(Tensor, _block_scaled_vectors(weight, vectors, heads))  # the fold's door knows it by its type
     x = as_tensor(weight)
     if x.dim() < 2:
         raise InputError(
@@ -78,6 +181,36 @@ def as_vectors(weight: Array, vectors: str = "rows", heads: int | None = None) -
     return rows.unsqueeze(0)
 
 
+def _block_scaled_vectors(weight: BlockScaled, vectors: str, heads: int | None) -> BlockScaled:
+    if weight.data.dim() != 2:
+        raise InputError(
+            f"weight needs shape (out, in), got block-scaled {tuple(weight.shape)}; call once for each item"
+        )
+    data, scale, height = weight.data, weight.scale, weight.block[0]
+    if vectors == "center_tap":
+        raise InputError(
+            "vectors='center_tap' needs a convolution weight, got a block-scaled matrix; use vectors='rows'"
+        )
+    if vectors == "cols":
+        return BlockScaled(data.unsqueeze(0), scale.unsqueeze(0), weight.block).transpose(1, 2)
+    if vectors != "heads":
+        return BlockScaled(data.unsqueeze(0), scale.unsqueeze(0), weight.block)
+    blocks = _checked_heads(heads, len(data))
+    each = len(data) // blocks
+    if each % height and blocks > 1:
+        raise InputError(
+            f"heads needs whole blocks of {height} rows per head, got {blocks} heads of {each} rows; "
+            "pass weight.dequantized() instead"
+        )
+    return BlockScaled(data.view(blocks, each, data.shape[1]), scale.view(blocks, -1, scale.shape[1]), weight.block)
+
+
+def dense_vectors(weight: Array, vectors: str = "rows", heads: int | None = None) -> Tensor:
+    """As :func:`as_vectors`, with the values of a :class:`BlockScaled` matrix dequantised: all of them, in float32."""
+    x: Tensor | BlockScaled = as_vectors(weight, vectors, heads)
+    return x.dequantized() if isinstance(x, BlockScaled) else x
+
+
 def as_tensor(weight: Array, name: str = "weight") -> Tensor:
     """A tensor of the same values, checked; it shares memory with the input where torch can express that.
 
@@ -92,6 +225,8 @@ def as_tensor(weight: Array, name: str = "weight") -> Tensor:
         return _checked_tensor(weight, name)
     if isinstance(weight, np.ndarray):
         return _from_numpy(weight, name)
+    if isinstance(weight, BlockScaled):
+        raise InputError(f"{name} needs a plain tensor here, got a block-scaled one; pass its .dequantized()")
     raise InputError(f"{name} needs a torch.Tensor or a numpy array, got {type(weight).__name__}; {_remedy(weight)}")
 
 

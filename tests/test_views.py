@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orthofast.errors import InputError
-from orthofast.views import VECTORS, as_tensor, as_vectors
+from orthofast.views import VECTORS, BlockScaled, as_tensor, as_vectors, dense_vectors
 
 MATRIX = torch.arange(12.0).reshape(4, 3)
 CONV1D, CONV2D, CONV3D = (torch.randn(6, 4, *kernel) for kernel in ((5,), (3, 2), (3, 4, 5)))
@@ -250,3 +250,68 @@ def test_a_central_tap_needs_a_kernel(shape: tuple[int, ...]) -> None:
 def test_the_error_names_the_argument_it_is_told_of() -> None:
     with pytest.raises(InputError, match=r"^x needs a torch.Tensor"):
         as_tensor([1.0], "x")  # type: ignore[arg-type]
+
+
+E4M3 = torch.arange(6.0).reshape(2, 3).to(torch.float8_e4m3fn)
+FACTORS = torch.tensor([[2.0, 10.0]])
+
+
+def test_a_block_scaled_matrix_is_its_values_times_the_factor_of_their_block() -> None:
+    weight = BlockScaled(E4M3, FACTORS, (4, 2))
+    expected = torch.tensor([[0.0, 2.0, 20.0], [6.0, 8.0, 50.0]])
+    assert torch.equal(weight.dequantized(), expected)
+    assert torch.equal(weight.dequantized(slice(1, 9)), expected[1:])
+    assert weight.dequantized(slice(1, 1)).shape == (0, 3)
+    assert weight.dequantized(dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(InputError, match="step 1"):
+        weight.dequantized(slice(0, 2, 2))
+
+
+def test_block_scaled_vectors_share_memory_and_turn_with_their_factors() -> None:
+    weight = BlockScaled(E4M3, FACTORS, (4, 2))
+    rows, cols = as_vectors(weight), as_vectors(weight, "cols")
+    assert isinstance(rows, BlockScaled)
+    assert isinstance(cols, BlockScaled)
+    assert rows.data.data_ptr() == cols.data.data_ptr() == E4M3.data_ptr()
+    assert cols.block == (2, 4)
+    assert torch.equal(cols.dequantized()[0], weight.dequantized().T)
+    assert torch.equal(dense_vectors(weight, "cols")[0], weight.dequantized().T)
+    assert torch.equal(dense_vectors(MATRIX, "cols"), as_vectors(MATRIX, "cols"))
+
+
+def test_block_scaled_heads_are_whole_blocks_of_rows() -> None:
+    data = torch.arange(24.0).reshape(8, 3).to(torch.float8_e4m3fn)
+    weight = BlockScaled(data, torch.rand(4, 1), (2, 128))
+    heads = as_vectors(weight, "heads", heads=2)
+    assert isinstance(heads, BlockScaled)
+    assert torch.equal(heads.dequantized(), weight.dequantized().view(2, 4, 3))
+    with pytest.raises(InputError, match="whole blocks of 2 rows per head, got 8 heads of 1 rows"):
+        as_vectors(weight, "heads", heads=8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ((MATRIX, FACTORS), "float8"),
+        ((E4M3, [[1.0]]), "scale needs a torch.Tensor"),
+        ((E4M3, FACTORS), r"needs shape \(1, 1\)"),
+        ((E4M3.view(1, 2, 3), FACTORS, (4, 2)), r"needs shape \(1, 1, 2\)"),
+        ((E4M3[0], FACTORS), r"needs shape \(n, d\)"),
+        ((E4M3, FACTORS, (4, 0)), "two positive integers"),
+        ((E4M3, FACTORS, 128), "two positive integers"),
+        ((E4M3, FACTORS.int(), (4, 2)), "floating-point"),
+        ((E4M3, FACTORS.to("meta"), (4, 2)), "device"),
+    ],
+)
+def test_block_scaled_parts_that_do_not_fit_get_a_sentence(arguments: tuple[Any, ...], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        BlockScaled(*arguments)
+
+
+def test_a_block_scaled_matrix_where_a_tensor_is_needed_gets_a_sentence() -> None:
+    weight = BlockScaled(E4M3, FACTORS, (4, 2))
+    for call in (lambda: as_tensor(weight), lambda: as_vectors(weight, "center_tap"), lambda: weight.transpose(0, 0)):
+        with pytest.raises(InputError, match="block-scaled"):
+            call()
+    with pytest.raises(InputError, match="call once for each item"):
+        as_vectors(BlockScaled(E4M3.view(1, 2, 3), FACTORS.view(1, 1, 2), (4, 2)))

@@ -123,12 +123,12 @@ def pair_mean(
     backend: str | None = None,
 ) -> Tensor:
     """Mean of a curve of the cosines over all pairs of each item, (b,) float64; arguments as in the functions above."""
-    for side in (x,) if y is None else (x, y):
-        if not isinstance(side, Tensor):
-            make_request(x, y)  # says what is wrong
     handler = doors.handler_of(x, y)
     if handler is not None:
         return handler.pair_mean(x, y, curve, sample, precision, backend)
+    for side in (x,) if y is None else (x, y):
+        if not isinstance(side, Tensor):
+            make_request(x, y)  # says what is wrong
     x = x.unsqueeze(0) if x.dim() == 2 else x
     y = y.unsqueeze(0) if y is not None and y.dim() == 2 else y
     plan = Sample(0) if sample is None else checked_sample(sample)

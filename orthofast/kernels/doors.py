@@ -18,7 +18,10 @@ from orthofast.kernels.gradients import Curve
 from orthofast.kernels.sampling import Sample
 from orthofast.records import GramStats
 
-BROUGHT_BY = {("torch.distributed.tensor", "DTensor"): "orthofast.distributed"}
+BROUGHT_BY = {
+    ("torch.distributed.tensor", "DTensor"): "orthofast.distributed",
+    ("orthofast.views", "BlockScaled"): "orthofast.kernels.block_scaled",
+}
 
 
 class FoldRecord(Protocol):

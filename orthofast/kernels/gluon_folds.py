@@ -106,8 +106,8 @@ def compiled(dtype: torch.dtype, rows: bool) -> Any:
     return triton.compile(source, target=target, options={"num_warps": kernels.WARPS})
 
 
-def abs_sum_partials(x: Tensor, inverse: Tensor, entries: Tensor, programs: int) -> Tensor:
-    """Partial sums of |cos|, (2 * entries,) float32: entry e of the list owns elements 2 e and 2 e + 1.
+def abs_sum_partials(x: Tensor, inverse: Tensor, entries: Tensor, programs: int, out: Tensor | None = None) -> Tensor:
+    """Sum of |cos| over the pairs of each entry of the list, (entries,) float32, written to ``out`` if that is given.
 
     Queued on the current stream of the device of ``x``, without waiting for it. Pairs of one set only, i < j.
 
@@ -116,15 +116,16 @@ def abs_sum_partials(x: Tensor, inverse: Tensor, entries: Tensor, programs: int)
         inverse: (b, n) float32, contiguous: reciprocal lengths, 0 for a zero vector.
         entries: (entries, 2) int32, contiguous: item, and row tile | column tile << 16, in tiles of 128 x 256.
         programs: blocks to launch, one per multiprocessor at most.
+        out: (entries,) float32 on the same device.
 
     Raises:
         BackendError: if the kernel cannot be launched.
     """
     b, n, d = x.shape
     rows = along_rows(x)
-    partials = torch.empty(PARTIALS * len(entries), dtype=torch.float32, device=x.device)
+    partials = torch.empty((len(entries), PARTIALS), dtype=torch.float32, device=x.device)
     if not len(entries):
-        return partials
+        return partials.sum(1) if out is None else out
     descriptor = importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
     layout = _shared_layout()
     shape = [b * n, d] if rows else [b * d, n]
@@ -141,7 +142,7 @@ def abs_sum_partials(x: Tensor, inverse: Tensor, entries: Tensor, programs: int)
         raise
     except RuntimeError as error:
         raise BackendError(f"the Gluon kernel could not be launched: {error}") from error
-    return partials
+    return torch.sum(partials, 1, out=out)  # the two halves, always in this order
 
 
 def _blocks(rows: bool) -> tuple[list[int], list[int]]:

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="misc, no-untyped-call, no-untyped-def, untyped-decorator, unused-ignore"
 """Gluon kernel for Hopper: the sum of |cos| over triangle tiles of 16-bit vectors, its warps with different duties.
 
 One warp copies tiles by TMA into a ring of shared memory; two warpgroups multiply, each the upper or lower half of a
@@ -6,9 +7,6 @@ tile of 128 x 256 pairs, and finish their own half without waiting for the other
 A stage of the ring belongs to the producer until ``full`` completes a phase, and to the consumers until both have
 arrived at ``empty``. Step s uses stage s mod STAGES in round s div STAGES; the parity of the round tells phases apart.
 """
-
-# mypy: allow-untyped-defs, allow-untyped-calls
-# parameters are values of the kernel language, which has no types for Python
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from orthofast.kernels import gram_stats
 from orthofast.metrics.answers import answer, needed
 from orthofast.records import GramStats
-from orthofast.views import Array, as_vectors
+from orthofast.views import Array, as_vectors, dense_vectors
 
 
 class DiagonalDominance(NamedTuple):
@@ -128,7 +128,7 @@ def singular_value_gap(weight: Array, *, vectors: str = "rows", heads: int | Non
     >>> [round(singular_value_gap(matrix).item(), 6) for matrix in (torch.eye(4), torch.ones(4, 4))]
     [0.0, 1.0]
     """
-    x = as_vectors(weight, vectors, heads).detach().to(torch.float64)
+    x = dense_vectors(weight, vectors, heads).detach().to(torch.float64)
     finite = x.isfinite().all(2, keepdim=True).all(1, keepdim=True)
     values = torch.linalg.svdvals(torch.where(finite, x, 0.0))  # a matrix of zeros comes out as NaN
     return answer(singular_value_gap_from(values), vectors)
