@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from orthofast.kernels import gram_stats
     from orthofast.kernels.dispatch import explain, use_backend
     from orthofast.metrics import (
+        conformal_drift,
         cosine_histogram,
         diagonal_dominance,
         isotropic_baseline,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     )
     from orthofast.records import GramStats
     from orthofast.scan import scan_checkpoint
+    from orthofast.training import pii_loss
 
     __version__: str
 
@@ -26,6 +28,7 @@ __all__ = [
     "GramStats",
     "OrthofastError",
     "__version__",
+    "conformal_drift",
     "cosine_histogram",
     "diagonal_dominance",
     "explain",
@@ -34,6 +37,7 @@ __all__ = [
     "max_coherence",
     "orthogonality_gap",
     "pii",
+    "pii_loss",
     "scan_checkpoint",
     "use_backend",
 ]
@@ -41,6 +45,7 @@ __all__ = [
 _HOME = {
     "GramStats": "orthofast.records",
     "OrthofastError": "orthofast.errors",
+    "conformal_drift": "orthofast.metrics",
     "cosine_histogram": "orthofast.metrics",
     "diagonal_dominance": "orthofast.metrics",
     "explain": "orthofast.kernels.dispatch",
@@ -49,6 +54,7 @@ _HOME = {
     "max_coherence": "orthofast.metrics",
     "orthogonality_gap": "orthofast.metrics",
     "pii": "orthofast.metrics",
+    "pii_loss": "orthofast.training",
     "scan_checkpoint": "orthofast.scan",
     "use_backend": "orthofast.kernels.dispatch",
 }

@@ -64,6 +64,27 @@ class GramStats:
         return f"GramStats({', '.join(fields)})"
 
 
+@dataclass(slots=True, eq=False)
+class DriftStats:
+    """How the cosines of the same pairs differ between two versions of ``n`` vectors, for each of ``b`` items.
+
+    Pairs with a vector that is zero in either version are left out. Where ``nonfinite`` is positive, the sums are NaN.
+
+    Attributes:
+        pairs: (b,) int64, pairs compared, each once.
+        zero: (b,) int64, vectors of length 0 in one version or both.
+        nonfinite: (b,) int64, vectors that hold NaN or Inf in one version or both.
+        abs_change: (b,) float64, sum over the pairs of abs(abs(cos before) - abs(cos after)).
+        change: (b,) float64, sum over the pairs of abs(cos before - cos after).
+    """
+
+    pairs: Tensor
+    zero: Tensor
+    nonfinite: Tensor
+    abs_change: Tensor
+    change: Tensor
+
+
 ADDED = ("abs_sum", "sq_sum", "sum", "hist")
 
 

@@ -103,7 +103,7 @@ def _fold_item(record: GramStats, item: int, x: Tensor, y: Tensor | None, reques
         return
     masked = bool(request.want & (ABS_MAX | HIST))  # a sum may hold the zeros of pairs that do not exist
     gaps = masked and not bool(left.keep.all() & right.keep.all())
-    for origin, tile in _tiles(left, right):
+    for origin, tile in tiles(left, right):
         diagonal = y is None and origin[0] == origin[1]
         if diagonal:
             tile.triu_(1)
@@ -190,7 +190,7 @@ def _steps(n: int, d: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n if d else 0, step))
 
 
-def _tiles(left: Side, right: Side) -> Iterator[tuple[tuple[int, int], Tensor]]:
+def tiles(left: Side, right: Side) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Dot products of all pairs of two sides, or of the upper triangle of one: (first row, first column), tile."""
     (n, d), m, alone = left.x.shape, len(right.x), left is right
     vector_bytes = max(1, d * (8 if left.compute == torch.float64 else 4))
@@ -230,7 +230,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return functional.linear(left, right).to_dense() if left.is_mkldnn else left @ right.T
 
 
-def _total(tile: Tensor) -> Tensor:
+def tile_sum(tile: Tensor) -> Tensor:
     """Sum in float64, row by row first: the order does not depend on the number of threads."""
     return tile.sum(1, dtype=torch.float64).sum()
 
@@ -238,9 +238,9 @@ def _total(tile: Tensor) -> Tensor:
 def _fold_tile(record: GramStats, item: int, tile: Tensor, mask: Tensor | None, origin: tuple[int, int]) -> None:
     """Add a tile that holds 0 where ``mask`` says no pair is; it is overwritten."""
     if record.sq_sum is not None:
-        record.sq_sum[item] += _total(tile.square())
+        record.sq_sum[item] += tile_sum(tile.square())
     if record.sum is not None:
-        record.sum[item] += _total(tile)
+        record.sum[item] += tile_sum(tile)
     if record.hist is not None:
         bins = record.hist.shape[1]
         cosines = (tile.flatten() if mask is None else tile[mask]).to(torch.float64)
@@ -249,7 +249,7 @@ def _fold_tile(record: GramStats, item: int, tile: Tensor, mask: Tensor | None, 
         record.hist[item] += torch.bincount(index, minlength=bins)
     size = tile.abs_()
     if record.abs_sum is not None:
-        record.abs_sum[item] += _total(size)
+        record.abs_sum[item] += tile_sum(size)
     if record.row_abs is not None:
         rows, columns = size.sum(1, dtype=torch.float64), size.sum(0, dtype=torch.float64)
         record.row_abs[item, origin[0] : origin[0] + len(rows)] += rows

@@ -12,12 +12,15 @@ from orthofast.metrics.coherence import (
     pii,
     welch_bound,
 )
+from orthofast.metrics.drift import ConformalDrift, conformal_drift
 from orthofast.metrics.gram import DiagonalDominance, diagonal_dominance, orthogonality_gap, singular_value_gap
 
 __all__ = [
+    "ConformalDrift",
     "CosineHistogram",
     "DiagonalDominance",
     "MaxCoherence",
+    "conformal_drift",
     "cosine_histogram",
     "diagonal_dominance",
     "isotropic_baseline",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orthofast.metrics import coherence, gram
+from orthofast.metrics import coherence, drift, gram
 
 LU_2024 = "Lu et al. 2024, Parameters Independence Index"
 DANESHMAND_2021 = "Daneshmand et al. 2021, Batch normalization orthogonalizes representations"
@@ -21,7 +21,7 @@ class Metric:
     Attributes:
         name: as users write it.
         function: the public call, on a weight.
-        formula: the same on a record, (b,); of singular values where ``want`` is empty.
+        formula: the same on a record, (b,); of singular values where ``want`` is empty, or see ``versions``.
         want: fields the record must hold, as asked of ``gram_stats``.
         normalize: whether the record is of cosines or of raw dot products.
         low: least value.
@@ -29,6 +29,7 @@ class Metric:
         better: "lower", or "neither" where the metric describes and does not judge.
         paper: where it is defined.
         equation: which definition or equation of the paper.
+        versions: how many versions of the weight the call takes; where 2, the formula reads a ``DriftStats``.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Metric:
     better: str
     paper: str
     equation: str
+    versions: int = 1
 
 
 METRICS: dict[str, Metric] = {
@@ -129,6 +131,19 @@ METRICS: dict[str, Metric] = {
             better="lower",
             paper=LU_2024,
             equation="Fig. 1",
+        ),
+        Metric(
+            name="conformal_drift",
+            function=drift.conformal_drift,
+            formula=drift.conformal_drift_from,
+            want=(),
+            normalize=True,
+            low=0,
+            high=1,
+            better="lower",
+            paper=LU_2024,
+            equation="Theorem 2",
+            versions=2,
         ),
     )
 }

@@ -10,6 +10,7 @@ import torch
 
 from orthofast import metrics
 from orthofast.kernels import gram_stats
+from orthofast.kernels.drift import drift_stats
 from orthofast.metrics.catalog import METRICS, Metric
 
 listed = pytest.mark.parametrize("metric", METRICS.values(), ids=list(METRICS))
@@ -19,6 +20,15 @@ WEIGHTS = {
     "parallel": torch.ones(6, 4),
     "orthogonal": torch.eye(7),
 }
+
+
+def measured(metric: Metric, weight: torch.Tensor) -> Any:
+    """A metric of two versions compares the weight with orthonormal vectors."""
+    return metric.function(weight) if metric.versions == 1 else metric.function(orthonormal(weight), weight)
+
+
+def orthonormal(weight: torch.Tensor) -> torch.Tensor:
+    return torch.eye(*weight.shape, dtype=weight.dtype)
 
 
 def _parts(found: Any) -> tuple[torch.Tensor, ...]:
@@ -33,19 +43,21 @@ def test_every_public_measurement_of_the_room_is_listed() -> None:
 @listed
 def test_the_fields_it_lists_are_those_its_formula_needs(metric: Metric) -> None:
     weight = WEIGHTS["random"].double()
-    if metric.want:
+    if metric.versions == 2:
+        source: Any = drift_stats(orthonormal(weight), weight)
+    elif metric.want:
         bins = {"bins": 64} if "hist" in metric.want else {}
-        source: Any = gram_stats(weight, normalize=metric.normalize, want=metric.want, **bins)
+        source = gram_stats(weight, normalize=metric.normalize, want=metric.want, **bins)
     else:
         source = torch.linalg.svdvals(weight).unsqueeze(0)
-    for part, other in zip(_parts(metric.formula(source)), _parts(metric.function(weight)), strict=True):
+    for part, other in zip(_parts(metric.formula(source)), _parts(measured(metric, weight)), strict=True):
         torch.testing.assert_close(part.reshape(other.shape), other, rtol=1e-12, atol=1e-12)
 
 
 @listed
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=list(WEIGHTS))
 def test_values_lie_in_the_range_it_lists(metric: Metric, weight: torch.Tensor) -> None:
-    first = _parts(metric.function(weight))[0]
+    first = _parts(measured(metric, weight))[0]
     assert bool((first >= metric.low).all())
     assert bool((first <= metric.high).all())
 
@@ -54,7 +66,7 @@ def test_values_lie_in_the_range_it_lists(metric: Metric, weight: torch.Tensor) 
 def test_lower_is_better_means_lower_for_orthogonal_than_for_parallel_vectors(metric: Metric) -> None:
     assert metric.better in ("lower", "neither")
     if metric.better == "lower":
-        orthogonal, parallel = (_parts(metric.function(WEIGHTS[name]))[0] for name in ("orthogonal", "parallel"))
+        orthogonal, parallel = (_parts(measured(metric, WEIGHTS[name]))[0] for name in ("orthogonal", "parallel"))
         assert orthogonal.item() < 1e-12
         assert parallel.item() > 0.9
 
@@ -76,7 +88,8 @@ def test_its_docstring_names_range_and_source(metric: Metric) -> None:
 
 @listed
 def test_it_takes_at_most_six_parameters_keyword_only_after_the_weight(metric: Metric) -> None:
-    first, *others = inspect.signature(metric.function).parameters.values()
-    assert first.name == "weight"
+    parameters = list(inspect.signature(metric.function).parameters.values())
+    names, others = [p.name for p in parameters[: metric.versions]], parameters[metric.versions :]
+    assert names == (["weight"] if metric.versions == 1 else ["before", "after"])
     assert len(others) <= 6
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in others)
