@@ -57,7 +57,8 @@ def domination_from(of_weight: Tensor, of_gradient: Tensor) -> Tensor:
 def starting_vector(d: int, device: torch.device) -> Tensor:
     """(d,) float32 of length 1: seeded noise, the same on every device and rank; no global generator is used."""
     noise = torch.randn(d, generator=torch.Generator("cpu").manual_seed(d), dtype=torch.float32, device="cpu")
-    return (noise / noise.norm()).to(device)
+    length: Tensor = noise.norm()
+    return (noise / length).to(device)
 
 
 def largest_singular_values(matrices: Sequence[Tensor], starts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
