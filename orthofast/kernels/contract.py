@@ -77,7 +77,9 @@ def make_request(
     elif bits & HIST:
         raise InputError("want='hist' needs bins: pass the number of bins on [-1, 1], e.g. bins=64")
     if precision == "auto":
-        precision = "float64" if x.dtype == torch.float64 else "highest"
+        # float32 on a GPU: one pass of 16 bits is twenty times the rate of float32 arithmetic
+        rounded = x.dtype == torch.float32 and x.device.type == "cuda"
+        precision = "float64" if x.dtype == torch.float64 else "high" if rounded else "highest"
     elif precision not in PRECISIONS:
         raise InputError(f"precision needs one of {', '.join(PRECISIONS)}, got {precision!r}")
     elif x.dtype == torch.float64:

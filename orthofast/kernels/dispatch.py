@@ -16,9 +16,13 @@ from orthofast.records import GramStats
 from orthofast.views import Array, as_tensor
 
 # first that can, serves; a device type not named here has the reference alone
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native_cpu", "numba_cpu", "reference")}
+ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("native_cpu", "numba_cpu", "reference"),
+    # what is proven in the interpreter comes first; a run on a GPU decides
+    "cuda": ("triton_gpu", "reference"),
+}
 ANY_DEVICE = ("reference",)
-NAMES = ("native_cpu", "numba_cpu", "reference")
+NAMES = ("native_cpu", "numba_cpu", "reference", "triton_gpu")
 ENVIRONMENT = "ORTHOFAST_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("orthofast_backend", default=None)

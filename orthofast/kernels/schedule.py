@@ -140,12 +140,9 @@ def unpack(entries: Int32) -> tuple[Int64, Int64, Int64]:
     return entries[:, 0].astype(np.int64), packed & 0xFFFF, packed >> 16
 
 
-def bands(columns: int, rows: int, most_slots: int, band: int = BAND) -> Iterator[tuple[int, int]]:
-    """Ranges [start, stop) of tile columns, whole bands each, with at most ``most_slots`` = (rows + columns) per range.
-
-    One band is the least.
-    """
-    step = max(1, most_slots // max(1, rows + columns) // band) * band
+def bands(columns: int, most: int, band: int = BAND) -> Iterator[tuple[int, int]]:
+    """Ranges [start, stop) of tile columns, whole bands each, of at most ``most`` columns; one band is the least."""
+    step = max(1, most // band) * band
     return ((start, min(start + step, columns)) for start in range(0, columns, step))
 
 

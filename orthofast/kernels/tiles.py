@@ -7,13 +7,12 @@ compiler makes of each shape (registers, shared memory, no spills), not from mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orthofast.kernels.schedule import Problem, tile_count
 
 SMALL_RATE = 0.8  # of a 128 x 128 tile's products per second to a 128 x 256 tile's
-SMALL_SET = 64  # vectors: up to here one small tile holds all pairs
+PROCESSORS = 132  # of the device the choice of tiles is made for; others get the same bits
 MEDIUM_SET = 512  # up to here tiles of 128 x 256 would be mostly mask
 SLOT_BYTES = 32 << 20  # of per-vector partial sums held at a time
 
@@ -52,6 +51,16 @@ CAREFUL: dict[str, Tile] = {
 }
 
 
+SHARED_BYTES = {
+    "hopper": 224 << 10,
+    "blackwell": 224 << 10,
+    "ampere": 160 << 10,
+    "ada": 96 << 10,
+    "cdna": 64 << 10,
+    "interpreter": 64 << 10,
+}
+
+
 def kind_of(capability: tuple[int, int], amd: bool = False) -> str:
     """Row of the table for a device of this compute capability, at least (8, 0)."""
     if amd:
@@ -67,24 +76,43 @@ def has_tensor_maps(kind: str) -> bool:
     return kind in ("hopper", "blackwell")
 
 
-def fold_tile(kind: str, problems: Sequence[Problem], processors: int) -> Tile:
-    """The tile for a launch over these problems: the smallest that fits small sets, else the one that ends first.
+def fold_tile(kind: str, problem: Problem, *, parts: int = 1, careful: bool = False, heavy: bool = False) -> Tile:
+    """The tile for one request, from its own shape alone: neither its company nor the device's size moves a bit.
 
-    >>> fold_tile("hopper", [Problem(8192, 8192)], 132).block_n, fold_tile("hopper", [Problem(4096, 4096)], 132).block_n
+    Args:
+        kind: row of the table.
+        problem: shape and number of items.
+        parts: 3 where operands are kept in two 16-bit parts, which fill shared memory twice as fast.
+        careful: operands are read element by element.
+        heavy: the epilogue names the largest pair or counts, and needs registers.
+
+    >>> fold_tile("hopper", Problem(8192, 8192)).block_n, fold_tile("hopper", Problem(4096, 4096)).block_n
     (256, 128)
     """
     small, medium, large = TABLE[kind]
-    widest = max((max(p.n, p.m or 0) for p in problems), default=0)
+    widest = max(problem.n, problem.m or 0)
+    if careful:
+        return CAREFUL[kind]
     if widest <= small.block_m:
-        return small
-    if widest <= MEDIUM_SET or medium == large:
-        return medium
-    return large if _time(problems, large, processors) <= _time(problems, medium, processors) / SMALL_RATE else medium
+        tile = small
+    elif heavy or widest <= MEDIUM_SET or _time(problem, large) > _time(problem, medium) / SMALL_RATE:
+        tile = medium
+    else:
+        tile = large
+    return tile if parts == 1 else with_two_parts(kind, tile)
 
 
-def size_class(n: int, m: int | None = None) -> int:
-    """0 for sets that one small tile holds, 1 for the rest: the two never share a launch."""
-    return 0 if max(n, m or 0) <= SMALL_SET else 1
+def with_two_parts(kind: str, tile: Tile) -> Tile:
+    """The tile with as many stages as hold two parts of each operand."""
+    stage = 2 * 2 * (tile.block_m + tile.block_n) * tile.block_k  # bytes
+    return replace(tile, stages=max(1, min(tile.stages, SHARED_BYTES[kind] // stage)), per_processor=1)
+
+
+def prepare_block(kind: str, columns: bool) -> tuple[int, int]:
+    """Vectors and elements of one step over the input: wide along what is contiguous."""
+    if kind == "interpreter":
+        return 32, 128
+    return (64, 64) if columns else (16, 256)
 
 
 def programs(tile: Tile, entries: int, processors: int) -> int:
@@ -92,7 +120,7 @@ def programs(tile: Tile, entries: int, processors: int) -> int:
     return max(1, min(entries, processors * tile.per_processor))
 
 
-def _time(problems: Sequence[Problem], tile: Tile, processors: int) -> float:
+def _time(problem: Problem, tile: Tile) -> float:
     """Whole waves of tiles times the work of one."""
-    waves = -(-tile_count(problems, tile.block_m, tile.block_n) // processors)
+    waves = -(-tile_count([problem], tile.block_m, tile.block_n) // PROCESSORS)
     return waves * tile.block_m * tile.block_n
