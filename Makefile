@@ -14,7 +14,7 @@ export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
 HAS_NATIVE := import importlib.util as u; print("native_cpu,numba_cpu" if u.find_spec("orthofast._cpu") else "numba_cpu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install ext demo test lint bench docs wheel sanitize sanitize-thread clean
+.PHONY: help install ext demo test test-gpu lint bench bench-gpu docs wheel sanitize sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,13 @@ demo: install ## measure a real pretrained transformer: table, HTML report, JSON
 test: install ## run the tests, the doctests and the examples of the documentation
 	ORTHOFAST_REQUIRE=$${ORTHOFAST_REQUIRE:-$$($(PYTHON) -c '$(HAS_NATIVE)')} \
 	  $(PYTHON) -m pytest --doctest-modules tests orthofast $(ARGS)
+
+test-gpu: install ## run the tests that need a CUDA device, compute-sanitizer included where it is found
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu needs a CUDA device; torch sees none")'
+	$(PYTHON) -m pytest -m gpu tests $(ARGS)
+
+bench-gpu: install ## check and time the GPU backends on this machine, under ten minutes
+	PY=$(PYTHON) benchmarks/gpu_run.sh $(ARGS)
 
 lint: install ## ruff and mypy
 	$(VENV)/bin/ruff check .

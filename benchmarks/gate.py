@@ -18,7 +18,7 @@ def expected_pii(vectors: Tensor, block: int = BLOCK) -> float:
     n = len(vectors)
     unit = vectors.to(torch.float64)
     unit = unit / unit.square().sum(1, keepdim=True).sqrt()
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=vectors.device)
     for start in range(0, n, block):
         stop = min(start + block, n)
         tile = unit[start:stop] @ unit[start:].T

@@ -108,13 +108,15 @@ def slug(facts: Mapping[str, object]) -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of everything that takes part; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def version(package: str) -> str | None:
+    """Version of an installed package; None where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> dict[str, object]:

@@ -140,11 +140,11 @@ def load_all(folder: Path = RESULTS) -> list[Results]:
     return [load(path) for path in sorted(folder.glob("*/cpu.json"))]
 
 
-def dump(data: Mapping[str, Any]) -> str:
+def dump(data: Mapping[str, Any], per_line: Sequence[str] = PER_LINE) -> str:
     """JSON with one measurement a line, so that a change of results reads well."""
     parts = []
     for key, value in data.items():
-        if key in PER_LINE and value:
+        if key in per_line and value:
             lines = ",\n".join("  " + json.dumps(_rounded(row)) for row in value)
             parts.append(f" {json.dumps(key)}: [\n{lines}\n ]")
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.cases import DTYPES, all_cases
 from benchmarks.measured import Results
@@ -12,6 +13,7 @@ from benchmarks.measured import Results
 BIG = ("4096x4096", "8192x8192", "11008x4096")
 NAMED = (*BIG, "3072x768", "30522x384")
 THREADS = (1, 2)
+Place = tuple[str, str, int | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class Target:
     """One promise: ``measure`` of every place must be on the right side of ``bound``.
 
     Attributes:
-        places: (shape, dtype, threads) at which it was promised; all of them count.
+        places: (shape, dtype, threads, or side of the matrix) at which it was promised; all of them count.
         at_least: whether the bound is a floor; else what is measured must stay below it.
         limit: the best value arithmetic allows at a place on this machine, where it can be told.
     """
@@ -27,11 +29,11 @@ class Target:
     text: str
     unit: str
     bound: float
-    places: Sequence[tuple[str, str, int]]
-    measure: Callable[[Results, str, str, int], float | None]
+    places: Sequence[Place]
+    measure: Callable[[Any, str, str, Any], float | None]
     at_least: bool = True
     moonshot: float | None = None
-    limit: Callable[[Results, str, str, int], float | None] | None = None
+    limit: Callable[[Any, str, str, Any], float | None] | None = None
 
     def holds(self, value: float) -> bool:
         """Whether one value is on the right side."""
@@ -42,7 +44,7 @@ class Target:
 class Finding:
     """What was measured at one place; ``met`` is None where nothing was."""
 
-    place: tuple[str, str, int]
+    place: Place
     value: float | None
     met: bool | None
     limit: float | None
@@ -73,7 +75,7 @@ class Verdict:
         return min(values) if self.target.at_least else max(values)
 
 
-def judge(target: Target, results: Results) -> Verdict:
+def judge(target: Target, results: Any) -> Verdict:
     """Measure a target at each of its places."""
     findings = []
     for place in target.places:
@@ -85,9 +87,9 @@ def judge(target: Target, results: Results) -> Verdict:
     return Verdict(target, tuple(findings))
 
 
-def judge_all(results: Results) -> list[Verdict]:
+def judge_all(results: Any, targets: Sequence[Target] | None = None) -> list[Verdict]:
     """All verdicts, in the order of the promises."""
-    return [judge(target, results) for target in TARGETS]
+    return [judge(target, results) for target in (TARGETS if targets is None else targets)]
 
 
 def _places(shapes: Sequence[str], dtype: str) -> tuple[tuple[str, str, int], ...]:
