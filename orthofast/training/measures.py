@@ -18,6 +18,7 @@ from orthofast.metrics.coherence import (
     mean_squared_cosine_from,
     pii_from,
 )
+from orthofast.metrics.drift import conformal_drift
 from orthofast.metrics.gram import diagonal_dominance_from
 from orthofast.records import GramStats
 from orthofast.training.layers import Layer
@@ -53,6 +54,7 @@ MEASURES: dict[str, Measure] = {
         Measure("max_coherence", WEIGHTS, "abs_max"),
         Measure("mean_squared_cosine", WEIGHTS, "sq_sum"),
         Measure("diagonal_dominance", WEIGHTS, "row_abs", normalize=False),
+        Measure("conformal_drift", CHANGES),
         Measure("weight_domination", GRADIENTS, low_is_worse=True),
         Measure("orthogonality_gap", ACTIVATIONS),
         Measure("dying_frac", ACTIVATIONS),
@@ -121,6 +123,26 @@ def of_weights(
             parts.append(Part("nonfinite", names, joined.nonfinite.to(torch.float64)))
             parts.append(Part("zero", names, joined.zero.to(torch.float64)))
     return parts
+
+
+def of_changes(
+    layers: Sequence[tuple[Layer, Tensor]], before: dict[str, Tensor], paths: dict[str, str], failed: Failed
+) -> list[Part]:
+    """conformal_drift of every layer that was there at the start, in its shape of then."""
+    names, values = [], []
+    for layer, x in layers:
+        then = before.get(layer.name)
+        if then is None or then.shape != x.shape:
+            continue
+        try:
+            values.append(conformal_drift(then.to(x.device)[0], x[0]).absolute)
+            names.append(paths[layer.name])
+        except Exception as error:  # noqa: BLE001 - the other layers are measured
+            failed(layer, error)
+    if not values:
+        return []
+    device = values[0].device
+    return [Part("conformal_drift", tuple(names), torch.stack([value.to(device) for value in values]))]
 
 
 def _fold(

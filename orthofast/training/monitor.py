@@ -58,6 +58,7 @@ class Monitor:
     max_coherence         weights      :func:`orthofast.max_coherence`
     mean_squared_cosine   weights      :func:`orthofast.metrics.mean_squared_cosine`
     diagonal_dominance    weights      mean ratio of :func:`orthofast.diagonal_dominance`
+    conformal_drift       weights      :func:`orthofast.metrics.drift.conformal_drift`, ``absolute``, since it was made
     weight_domination     gradients    :func:`orthofast.metrics.domination.weight_domination`
     orthogonality_gap     activations  :func:`orthofast.orthogonality_gap` of up to 256 outputs of the layer
     dying_frac full_frac  activations  :mod:`orthofast.metrics.neurons`, of ReLU modules; without any, of all outputs

@@ -20,6 +20,7 @@ from orthofast.training.measures import (
     WEIGHTS,
     Measure,
     Part,
+    of_changes,
     of_weights,
     vectors_of,
 )
@@ -103,6 +104,7 @@ class Probe:
         if asked or changes:
             layers = vectors_of(self._kept(), failed)
             parts += self._guarded(asked, lambda: of_weights(asked, layers, self._paths, failed))
+            parts += self._guarded(changes, lambda: of_changes(layers, self._before, self._paths, failed))
         return parts + (self.gradients(errors) if gradients is None else gradients) + seen
 
     def gradients(self, errors: dict[str, str]) -> list[Part]:

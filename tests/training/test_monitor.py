@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import orthofast
 from orthofast.errors import InputError
 from orthofast.metrics import mean_squared_cosine
+from orthofast.metrics.drift import conformal_drift
 from orthofast.training import Monitor
 from orthofast.training import monitor as module_under_test
 from orthofast.training.measures import MEASURES
@@ -87,6 +88,11 @@ def calm() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # matrices this small only wait for a second one; restored by the fixture of all tests
+
+
 def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
@@ -113,6 +119,17 @@ def test_weight_metrics_are_those_of_a_direct_call(metric: str, calm: None) -> N
     worst = max(truth, key=lambda name: truth[name])
     assert values[f"orthofast/{metric}/argmax"] == worst
     assert values[f"orthofast/{metric}/max"] == values[f"orthofast/{metric}/{worst}"]
+
+
+def test_conformal_drift_is_against_the_weights_at_the_start(calm: None) -> None:
+    model = net()
+    start = {name: layer.weight.detach().clone() for name, layer in layers_of(model).items()}
+    rows, _ = monitored(model, 4, metrics=("conformal_drift",))
+    for name, layer in layers_of(model).items():
+        expected = conformal_drift(start[name], layer.weight.detach()).absolute.item()
+        assert rows.rows[-1].values[f"orthofast/conformal_drift/{name}"] == pytest.approx(expected, rel=1e-6)
+        assert expected > 1e-4
+    assert not Monitor(model, log=[])._probe.state_dict()["before"]  # nothing is kept where nobody asks
 
 
 def test_weight_domination_is_the_ratio_of_largest_singular_values(calm: None) -> None:
