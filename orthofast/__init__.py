@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from orthofast.records import GramStats
     from orthofast.scan import scan_checkpoint
-    from orthofast.training import pii_loss
+    from orthofast.training import orthogonalize_, pii_loss
 
     __version__: str
 
@@ -36,6 +36,7 @@ __all__ = [
     "isotropic_baseline",
     "max_coherence",
     "orthogonality_gap",
+    "orthogonalize_",
     "pii",
     "pii_loss",
     "scan_checkpoint",
@@ -53,6 +54,7 @@ _HOME = {
     "isotropic_baseline": "orthofast.metrics",
     "max_coherence": "orthofast.metrics",
     "orthogonality_gap": "orthofast.metrics",
+    "orthogonalize_": "orthofast.training",
     "pii": "orthofast.metrics",
     "pii_loss": "orthofast.training",
     "scan_checkpoint": "orthofast.scan",

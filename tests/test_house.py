@@ -48,7 +48,7 @@ FACADE = {
     "conditioning": False,
     "Monitor": False,
     "pii_loss": True,
-    "orthogonalize_": False,
+    "orthogonalize_": True,
     "scan_checkpoint": True,
     "use_backend": True,
     "explain": True,

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orthofast.training.init import delta_orthogonal_, orthogonal_for_, orthogonalize_
     from orthofast.training.layers import Layer, Layers, Skipped, find_layers
     from orthofast.training.losses import (
         ConvOrthogonality,
@@ -43,9 +44,12 @@ __all__ = [
     "WandB",
     "add_penalty_grad_",
     "conv_orthogonality_loss",
+    "delta_orthogonal_",
     "find_layers",
     "frame_potential_loss",
     "mutual_coherence_loss",
+    "orthogonal_for_",
+    "orthogonalize_",
     "pii_loss",
     "soft_orthogonality_loss",
 ]
@@ -69,9 +73,12 @@ _HOME = {
     "WandB": "sinks",
     "add_penalty_grad_": "losses",
     "conv_orthogonality_loss": "losses",
+    "delta_orthogonal_": "init",
     "find_layers": "layers",
     "frame_potential_loss": "losses",
     "mutual_coherence_loss": "losses",
+    "orthogonal_for_": "init",
+    "orthogonalize_": "init",
     "pii_loss": "losses",
     "soft_orthogonality_loss": "losses",
 }
