@@ -17,6 +17,7 @@ from benchmarks.gpu_journal import Journal
 from benchmarks.peers import OURS, PRODUCT, Contestant
 from benchmarks.race import FAILED, LEFT_OUT, TIMED
 from benchmarks.timing import plan_rounds, turns
+from orthofast.errors import BackendError
 
 SAMPLE_MS = 20.0  # of device time; a shorter burst would run at clocks a longer one cannot hold
 MOST_CALLS = 100
@@ -154,7 +155,7 @@ class MatrixContest:
 def race(
     contest: Contest, contestants: Sequence[Contestant], device: Device, allowance_s: float, journal: Journal
 ) -> list[GpuMeasurement]:
-    """All contestants of one contest; whoever cannot, is wrong or has no time is named with its reason."""
+    """All contestants of one contest; whoever refuses, fails, is wrong or has no time is named with its reason."""
     deadline = time.perf_counter() + allowance_s
     found = {contestant.name: contest.blank(contestant) for contestant in contestants}
     entered: dict[str, Contestant] = {}
@@ -222,6 +223,10 @@ def _warm(
                 measured.extra_mib = None if extra is None else extra / MIB
                 host_s = min(host_us(device, call, ESTIMATES)) / 1e6
                 once_ms = min(device.device_ms(_numbered(call), 1, host_s) for _ in range(ESTIMATES))
+        except BackendError as error:
+            measured.status, measured.reason = LEFT_OUT, describe(error)
+            recover(device, journal, name, measured.reason)
+            continue
         except Exception as error:  # noqa: BLE001 - why a contestant cannot is a result too
             measured.fail(describe(error))
             recover(device, journal, name, measured.reason)

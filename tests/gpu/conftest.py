@@ -83,7 +83,8 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
         return x
     words = x.untyped_storage().nbytes() // x.element_size()
     whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), 0, (words,))  # type: ignore[call-overload]
-    return whole.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+    there: Tensor = whole.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+    return there
 
 
 def landed(record: GramStats) -> GramStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_a_captured_graph_replays_on_new_data(
 
 
 def clone(record: GramStats) -> GramStats:
-    tensors = {n: v.clone() for n in GramStats.__slots__ if isinstance(v := getattr(record, n), Tensor)}
+    tensors: dict[str, Any] = {n: v.clone() for n in GramStats.__slots__ if isinstance(v := getattr(record, n), Tensor)}
     return replace(record, **tensors)
 
 
