@@ -123,6 +123,12 @@ class Capture:
         """Whether nothing was seen so far, neither running nor traced."""
         return not self.ran - {START} and not self.traced
 
+    def disarm(self) -> None:
+        """Look no more, and forget what was seen."""
+        self.armed = False
+        self._forget()
+        self.settle()
+
     def take(self) -> dict[str, dict[str, Tensor]]:
         """Stop looking, and give metric -> path -> () float64; empty if no pass was seen."""
         self.armed = False
@@ -170,9 +176,10 @@ class Capture:
         if slot.gap and self._passes <= 1 and call == len(slot.gaps):
             slot.gaps.append(representation_gap(x, isinstance(slot.module, CONVOLUTIONS)))
         if slot.firing:
+            counts = firing_counts(x, self._axis(slot.module, x))
             while len(slot.counts) <= call:
                 slot.counts.append([])
-            slot.counts[call].append(firing_counts(x, self._axis(slot.module, x)))
+            slot.counts[call].append(counts)
 
     def _axis(self, module: nn.Module, x: Tensor) -> int:
         """Along which dimension the neurons lie."""
