@@ -88,8 +88,9 @@ class Ranks:
                 line.send(None)
             except OSError:
                 continue
+        deadline = time.monotonic() + 3
         for process in self.processes:
-            process.join(5)
+            process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()
