@@ -80,7 +80,7 @@ def expected(step: int, autocast: bool) -> dict[str, float]:
     }
 
 
-@pytest.mark.filterwarnings("ignore:.*(reentrant|requires_grad)")
+@pytest.mark.filterwarnings("ignore:.*(reentrant|requires_grad)", "ignore::DeprecationWarning")  # of torch
 @pytest.mark.parametrize(
     ("how", "autocast", "recompute"),
     [
