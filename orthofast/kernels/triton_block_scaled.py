@@ -7,10 +7,11 @@ two: the step's products are summed by the tensor cores and promoted to the floa
 Work  b*n*(n+1)/2*d multiply-adds, dense.  Traffic  the stored bytes, once for the lengths, then the tiles.
 Memory  20 bytes a vector, 12 a tile.
 Accuracy  8-bit values become float16 as they are loaded, all of them exactly, and their products are exact in float32.
-With precision "high" the 8-bit values are multiplied natively: Hopper keeps about 13 bits of such sums, so that each
+With precision "high" 8-bit rows are multiplied natively: Hopper keeps about 13 bits of such sums, so that each
 step is cut by up to 2**-13 of itself, and ``floor`` says so. Vectors whose only entries lie in blocks scaled 2**-60
 below the largest factor of their block row lose them.
-Refuses  blocks whose sides are no multiples of 128, raw products, and fields that need more than sums.
+Refuses  blocks whose sides are no multiples of 128, raw products, fields that need more than sums, and devices that
+do not convert 8-bit floats by themselves (before compute capability 8.9, AMD).
 """
 
 from __future__ import annotations
@@ -24,36 +25,21 @@ from torch import Tensor
 
 from orthofast.kernels.contract import ABS_SUM, SQ_SUM, SUM, Request, poison
 from orthofast.kernels.schedule import Problem, work_list
-from orthofast.kernels.triton_access import decoded
 from orthofast.records import GramStats
 from orthofast.views import BlockScaled
 
 SIDE = 128  # vectors of a tile, and elements of a step: a block of the format
-WARPS, STAGES = 8, 3
+WARPS = 8
+# elements converted at a time, and stages of the pipeline: more of either spills registers
+WARPGROUP_STEP, WARP_STEP = (64, 3), (32, 2)  # tensor cores fed from shared memory (9.x, 10.x), or from registers
 VECTORS = 64  # of one program that measures lengths
 NATIVE_FLOOR = 2.0**-13  # of one step's sum where 8-bit products are added natively
 MOST_POWER = 126  # a power of two and its inverse are normal float32 numbers
 SUMS = ABS_SUM | SQ_SUM | SUM
-FORMATS = {
-    torch.float8_e4m3fn: 1,
-    torch.float8_e5m2: 2,
-    torch.float8_e4m3fnuz: 3,
-    torch.float8_e5m2fnuz: 4,
-}  # numbers of triton_access; 0: the device converts them itself
-CONVERTED = (torch.float8_e4m3fn, torch.float8_e5m2)  # by devices from compute capability 8.9 on
+CONVERTED = (torch.float8_e4m3fn, torch.float8_e5m2)  # to float16 by devices from compute capability 8.9 on
 
 _ABS_SUM, _SQ_SUM, _SUM = tl.constexpr(ABS_SUM), tl.constexpr(SQ_SUM), tl.constexpr(SUM)
 BLOCK = tl.constexpr(SIDE)
-
-
-@triton.jit
-def half_precision(stored, FORMAT: tl.constexpr):
-    """Stored 8-bit floats as float16, which holds every one of them."""
-    if FORMAT == 0:
-        value = stored.to(tl.float16)
-    else:
-        value = decoded(stored, FORMAT).to(tl.float16)
-    return value
 
 
 @triton.jit
@@ -68,7 +54,7 @@ def tile_of(x, first, row, k, n, d, stride_n, stride_d, ROWS: tl.constexpr, ELEM
 @triton.jit
 def lengths(
     x, scale, norm_sq, n, d, stride_b, stride_n, stride_d, scale_b, scale_n, scale_d,
-    ALONG_ROWS: tl.constexpr, FORMAT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    ALONG_ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Squared lengths of the scaled vectors, (b, n) float64: in float32 within a step, in float64 between steps."""
     item = tl.program_id(1).to(tl.int64)
@@ -78,7 +64,7 @@ def lengths(
     unit_d = 1 if ALONG_ROWS else stride_d
     for k in range(0, d, BLOCK):
         stored = tile_of(x, item * stride_b, row, k, n, d, unit_n, unit_d, ROWS, BLOCK)
-        value = half_precision(stored, FORMAT).to(tl.float32)
+        value = stored.to(tl.float16).to(tl.float32)
         factor = tl.load(scale + item * scale_b + (row // HEIGHT) * scale_n + (k // WIDTH) * scale_d).to(tl.float64)
         total += tl.sum(value * value, 1).to(tl.float64) * factor * factor
     rows = row + tl.arange(0, ROWS)
@@ -90,7 +76,7 @@ def fold(
     x, y, scale_x, scale_y, inverse_x, inverse_y, work, partials, entries, n, m, d,
     stride_bx, stride_nx, stride_dx, stride_by, stride_ny, stride_dy,
     scale_bx, scale_nx, scale_dx, scale_by, scale_ny, scale_dy,
-    ROWS_X: tl.constexpr, ROWS_Y: tl.constexpr, CROSS: tl.constexpr, WANT: tl.constexpr, FORMAT: tl.constexpr,
+    ROWS_X: tl.constexpr, ROWS_Y: tl.constexpr, CROSS: tl.constexpr, WANT: tl.constexpr,
     HEIGHT_X: tl.constexpr, WIDTH_X: tl.constexpr, HEIGHT_Y: tl.constexpr, WIDTH_Y: tl.constexpr,
     NATIVE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +102,7 @@ def fold(
                 if NATIVE:
                     step = tl.dot(left, tl.trans(right), step)
                 else:
-                    step = tl.dot(half_precision(left, FORMAT), tl.trans(half_precision(right, FORMAT)), step)
+                    step = tl.dot(left.to(tl.float16), tl.trans(right.to(tl.float16)), step)
             total += step * factor
         rows = row + tl.arange(0, BLOCK)
         columns = column + tl.arange(0, BLOCK)
@@ -145,9 +131,20 @@ def problem(x: BlockScaled, y: BlockScaled | None, request: Request) -> str | No
             return f"the block-scaled kernel needs one dtype on both sides, got {x.data.dtype} and {side.data.dtype}"
         if 1 not in side.data.stride()[1:]:
             return f"the block-scaled kernel needs rows or columns in one piece, got strides {side.data.stride()}"
+    if x.data.dtype not in CONVERTED:
+        return f"the block-scaled kernel reads float8_e4m3fn and float8_e5m2, got {x.data.dtype}"
     if not min(x.shape[0], x.shape[2]):
         return "the block-scaled kernel needs at least one item and one element"
+    if x.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 9)):
+        return "the block-scaled kernel needs compute capability 8.9 or newer, which converts 8-bit floats by itself"
     return None
+
+
+def step_of(device: torch.device) -> tuple[int, int]:
+    """Elements converted at a time, and pipeline stages."""
+    if device.type == "cpu":
+        return SIDE, 1
+    return WARPGROUP_STEP if torch.cuda.get_device_capability(device)[0] in (9, 10) else WARP_STEP
 
 
 def gram_stats(x: BlockScaled, y: BlockScaled | None, request: Request, processors: int) -> GramStats:
@@ -162,30 +159,31 @@ def gram_stats(x: BlockScaled, y: BlockScaled | None, request: Request, processo
     b, n, d = x.shape
     other = x if y is None else y
     m = other.shape[1]
-    native = request.precision == "high" and _converts(x.data)
+    # tensor cores take 8-bit operands along rows only
+    native = request.precision == "high" and x.data.stride(2) == other.data.stride(2) == 1
     norm_x, inverse_x, factors_x = _measured(x)
     norm_y, inverse_y, factors_y = (norm_x, inverse_x, factors_x) if y is None else _measured(y)
     made = work_list((Problem(n, d, None if y is None else m, items=b),), SIDE, SIDE)
     entries = _on_device(x.device, b, n, d, None if y is None else m)
-    partials = torch.zeros((3, len(made)), dtype=torch.float32, device=x.device)
+    partials = torch.empty((3, len(made)), dtype=torch.float32, device=x.device)
+    step, stages = step_of(x.device)
     if len(made):
         rows_x, rows_y = (side.data.stride(2) == 1 for side in (x, other))
         fold[(min(len(made), processors),)](
-            _stored(x.data), _stored(other.data), factors_x, factors_y, inverse_x, inverse_y, entries, partials,
+            x.data, other.data, factors_x, factors_y, inverse_x, inverse_y, entries, partials,
             len(made), n, m, d, *x.data.stride(), *other.data.stride(), *factors_x.stride(), *factors_y.stride(),
             ROWS_X=rows_x,
             ROWS_Y=rows_y,
             CROSS=y is not None,
             WANT=request.want,
-            FORMAT=_format(x.data),
             HEIGHT_X=x.block[0],
             WIDTH_X=x.block[1],
             HEIGHT_Y=other.block[0],
             WIDTH_Y=other.block[1],
             NATIVE=native,
-            STEP=SIDE,
+            STEP=step,
             num_warps=WARPS,
-            num_stages=STAGES,
+            num_stages=stages,
         )  # fmt: skip
     sums = partials.view(3, b, -1).sum(2, dtype=torch.float64)
     norms = [norm_x] if y is None else [norm_x, norm_y]
@@ -219,9 +217,8 @@ def _measured(x: BlockScaled) -> tuple[Tensor, Tensor, Tensor]:
     relative = torch.empty((b, n), dtype=torch.float64, device=x.device)
     if n:
         lengths[(triton.cdiv(n, VECTORS), b)](
-            _stored(x.data), factors, relative, n, d, *x.data.stride(), *factors.stride(),
+            x.data, factors, relative, n, d, *x.data.stride(), *factors.stride(),
             ALONG_ROWS=x.data.stride(2) == 1,
-            FORMAT=_format(x.data),
             HEIGHT=x.block[0],
             WIDTH=x.block[1],
             ROWS=VECTORS,
@@ -230,21 +227,6 @@ def _measured(x: BlockScaled) -> tuple[Tensor, Tensor, Tensor]:
     inverse = torch.where(relative == 0, 0.0, relative.rsqrt()).to(torch.float32)
     powers = power.squeeze(2).repeat_interleave(x.block[0], dim=1)[:, :n].to(torch.float64)
     return torch.ldexp(relative, 2 * powers), inverse, factors
-
-
-def _converts(data: Tensor) -> bool:
-    """Whether the device turns these 8-bit values into float16, and multiplies them, by itself."""
-    if data.dtype not in CONVERTED or torch.version.hip is not None:
-        return False
-    return data.device.type == "cpu" or torch.cuda.get_device_capability(data.device) >= (8, 9)
-
-
-def _format(data: Tensor) -> int:
-    return 0 if _converts(data) else FORMATS[data.dtype]
-
-
-def _stored(data: Tensor) -> Tensor:
-    return data if _converts(data) else data.view(torch.uint8)
 
 
 @lru_cache(maxsize=64)

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,12 +28,13 @@ from orthofast.kernels import reference, tiles
 from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, ROW_ABS, SQ_SUM, SUM, Request
 from orthofast.kernels.triton_plan import Group, plan, shape_of
 from orthofast.records import GramStats
+from orthofast.views import BlockScaled
 
 _why_not: str | None = None
 try:
     import triton
 
-    from orthofast.kernels import triton_launch
+    from orthofast.kernels import triton_block_scaled, triton_launch
 except ImportError as error:  # a CPU build of torch brings none
     _why_not = f"triton cannot be imported ({error}); a CUDA build of torch brings it"
 
@@ -104,15 +105,27 @@ def gram_stats_many(requests: Sequence[Request]) -> list[GramStats]:
     return [record for record in records if record is not None]
 
 
+def block_scaled_problem(x: BlockScaled, y: BlockScaled | None, request: Request) -> str | None:
+    """None if the kernel for block-scaled float8 folds these (b, n, d) matrices, else the sentence why not."""
+    return triton_block_scaled.problem(x, y, request)
+
+
+def block_scaled_gram_stats(x: BlockScaled, y: BlockScaled | None, request: Request) -> GramStats:
+    """Fold block-scaled matrices; ``request`` says what is asked of them."""
+    with _on(x.device):
+        return triton_block_scaled.gram_stats(x, y, request, _device(x.device)[1])
+
+
 @contextmanager
 def _on(device: torch.device) -> Iterator[None]:
     """The device current, and one sentence instead of an allocator's page."""
-    guard: Any = (
-        torch.cuda.device(device) if device.type == "cuda" else _interpreter if _interprets() else nullcontext()
-    )
     try:
-        with guard:
-            yield
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                yield
+        else:  # numpy stands in for the device, and would warn of NaN
+            with _interpreter, np.errstate(all="ignore"):
+                yield
     except torch.OutOfMemoryError as error:
         free = torch.cuda.mem_get_info(device)[0] >> 20
         raise BackendError(
