@@ -1,7 +1,8 @@
-"""Decide whether the native module is built; everything else about the package stands in pyproject.toml.
+"""Decide whether the native modules are built; everything else about the package stands in pyproject.toml.
 
 ORTHOFAST_EXT=auto (the default) builds it where a C++ compiler and the Python headers are found, 1 always (and fails
 where they are missing), 0 never. Without it the package is pure Python and the numba backend serves.
+ORTHOFAST_CUDA=auto|1|0 says the same of the Hopper module, which needs nvcc beside; CMakeLists.txt reads it.
 """
 
 import os
@@ -27,12 +28,15 @@ def missing() -> str | None:
 
 
 def wants_native() -> bool:
-    """Read ORTHOFAST_EXT."""
-    choice = os.environ.get("ORTHOFAST_EXT") or "auto"
-    if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"ORTHOFAST_EXT needs auto, 0 or 1, got {choice!r}")
-    if choice != "auto":
-        return choice == "1"
+    """Read ORTHOFAST_EXT, and check ORTHOFAST_CUDA."""
+    choice, cuda = (os.environ.get(name) or "auto" for name in ("ORTHOFAST_EXT", "ORTHOFAST_CUDA"))
+    for name, value in (("ORTHOFAST_EXT", choice), ("ORTHOFAST_CUDA", cuda)):
+        if value not in ("auto", "0", "1"):
+            raise SystemExit(f"{name} needs auto, 0 or 1, got {value!r}")
+    if choice == "0" and cuda == "1":
+        raise SystemExit("ORTHOFAST_CUDA=1 asks for a native module, ORTHOFAST_EXT=0 for none; set one of them to auto")
+    if choice != "auto" or cuda == "1":
+        return choice != "0"
     lack = missing()
     if lack is not None:
         print(f"orthofast: no native module, for want of {lack}; the numba backend will serve", file=sys.stderr)

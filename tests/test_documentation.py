@@ -81,7 +81,7 @@ def test_every_file_of_the_house_stands_on_its_page_and_no_other() -> None:
         str(path.relative_to(ROOT))
         for room in ("orthofast", "csrc")
         for path in (ROOT / room).rglob("*")
-        if path.is_file() and path.suffix in {".py", ".pyi", ".json", ".j2", ".h", ".cpp"}
+        if path.is_file() and path.suffix in {".py", ".pyi", ".json", ".j2", ".h", ".cpp", ".cu", ".cuh"}
     }
     assert listed == real
 

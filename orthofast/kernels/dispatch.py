@@ -19,10 +19,10 @@ from orthofast.views import Array, as_tensor
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("native_cpu", "numba_cpu", "reference"),
     # what is proven in the interpreter comes first; a run on a GPU decides
-    "cuda": ("triton_gpu", "reference"),
+    "cuda": ("triton_gpu", "native_cuda", "reference"),
 }
 ANY_DEVICE = ("reference",)
-NAMES = ("native_cpu", "numba_cpu", "reference", "triton_gpu")
+NAMES = ("native_cpu", "numba_cpu", "reference", "triton_gpu", "native_cuda")
 ENVIRONMENT = "ORTHOFAST_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("orthofast_backend", default=None)
