@@ -128,7 +128,9 @@ def singular_value_gap(weight: Array, *, vectors: str = "rows", heads: int | Non
     >>> [round(singular_value_gap(matrix).item(), 6) for matrix in (torch.eye(4), torch.ones(4, 4))]
     [0.0, 1.0]
     """
-    x = dense_vectors(weight, vectors, heads).detach().to(torch.float64)
+    x = dense_vectors(weight, vectors, heads).detach()
+    whole = getattr(x, "full_tensor", None)  # the decomposition of a DTensor needs it on every rank
+    x = (x if whole is None else whole()).to(torch.float64)
     finite = x.isfinite().all(2, keepdim=True).all(1, keepdim=True)
     values = torch.linalg.svdvals(torch.where(finite, x, 0.0))  # a matrix of zeros comes out as NaN
     return answer(singular_value_gap_from(values), vectors)

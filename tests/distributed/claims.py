@@ -74,7 +74,14 @@ def measures_are_those_of_one_process(n: int, d: int, where: str, vectors: str) 
     weight = matrix(n, d)
     shards = split(weight, where)
     found: list[Tensor] = []
-    for name in ("pii", "mean_squared_cosine", "orthogonality_gap", "max_coherence", "diagonal_dominance"):
+    for name in (
+        "pii",
+        "mean_squared_cosine",
+        "orthogonality_gap",
+        "singular_value_gap",
+        "max_coherence",
+        "diagonal_dominance",
+    ):
         measure = getattr(metrics, name)
         got, one = measure(shards, vectors=vectors), measure(weight, vectors=vectors)
         pairs = [(got, one)] if isinstance(got, Tensor) else list(zip(got, one, strict=True))
