@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from orthofast.errors import BackendError
+from orthofast.kernels.schedule import Problem, work_list
 
 TILE = (128, 256)  # vectors of the left and right side of one entry
 PARTIALS = 2  # per entry: one per half of its rows
@@ -143,6 +144,31 @@ def abs_sum_partials(x: Tensor, inverse: Tensor, entries: Tensor, programs: int,
     except RuntimeError as error:
         raise BackendError(f"the Gluon kernel could not be launched: {error}") from error
     return torch.sum(partials, 1, out=out)  # the two halves, always in this order
+
+
+def abs_sum(x: Tensor, norm_sq: Tensor) -> Tensor:
+    """Sum of |cos| over the pairs of each item, (b,) float64: the whole fold but for the lengths.
+
+    Args:
+        x: (b, n, d) that :func:`problem` has nothing against.
+        norm_sq: (b, n) float64 squared lengths, on the same device.
+    """
+    b, n, d = x.shape
+    inverse = torch.where(norm_sq == 0, 0.0, norm_sq.rsqrt()).to(torch.float32).contiguous()
+    entries = _entries_on(x.device, b, n, d)
+    per_entry = abs_sum_partials(x, inverse, entries, _processors(x.device))
+    return per_entry.view(b, -1).sum(1, dtype=torch.float64)  # items one after another, equally many entries
+
+
+@lru_cache(maxsize=64)
+def _entries_on(device: torch.device, b: int, n: int, d: int) -> Tensor:
+    """The work list; copied, and waited for, once per shape and device."""
+    return torch.from_numpy(work_list((Problem(n, d, items=b),), *TILE).entries.copy()).to(device)
+
+
+@lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _blocks(rows: bool) -> tuple[list[int], list[int]]:

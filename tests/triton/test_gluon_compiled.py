@@ -165,3 +165,17 @@ def test_a_triton_that_does_not_take_the_kernel_is_a_sentence(monkeypatch: pytes
     assert reason.startswith(f"the Gluon kernel does not compile with triton {triton.__version__}: ")
     assert "warp_specialize" in reason
     assert "\n" not in reason
+
+
+def test_sums_of_entries_are_joined_per_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    def numbered(x: Tensor, inverse: Tensor, entries: Tensor, programs: int) -> Tensor:
+        assert inverse.dtype == torch.float32
+        assert inverse.tolist() == [[0.5] * 299 + [0.0]] * 3
+        return (10.0 ** entries[:, 0]).to(torch.float32)
+
+    monkeypatch.setattr(gluon_folds, "abs_sum_partials", numbered)
+    monkeypatch.setattr(gluon_folds, "_processors", lambda device: 4)
+    norm_sq = torch.full((3, 300), 4.0, dtype=torch.float64)
+    norm_sq[:, 299] = 0
+    entries = 2 + 2 + 1  # rows 0, 128 and 256 in steps of 128 against columns in steps of 256
+    assert gluon_folds.abs_sum(bf16(3, 300, 64), norm_sq).tolist() == [entries, 10 * entries, 100 * entries]
