@@ -187,8 +187,9 @@ def contestants(kind: type[Transformer] | type[ResNet], folder: Path) -> list[Ru
 
 def _watch(wandb: Any, folder: Path, what: str, log_freq: int) -> Any:
     def start(model: nn.Module) -> tuple[Callable[[int], None], Callable[[], None]]:
-        run = wandb.init(mode="offline", dir=str(folder), reinit="create_new", project="benchmark")
-        run.watch(model, log=what, log_freq=log_freq)
+        # watch writes to the process's one run, so all share it
+        run = wandb.run or wandb.init(mode="offline", dir=str(folder), project="benchmark")
+        wandb.watch(model, log=what, log_freq=log_freq)
 
         def after(step: int) -> None:
             run.log({"step": step})  # watch hands its histograms over with the next log
