@@ -72,7 +72,9 @@ def gradient_truth(x: Floats, y: Floats | None, curve: Curve) -> GradientTruth:
 def _by_vectors(x: Floats, unit: Floats, by_unit: Floats) -> Floats:
     lengths = np.sqrt(oracle.squared_lengths(x))
     tangent = by_unit - np.sum(by_unit * unit, 1, keepdims=True) * unit
-    return np.divide(tangent, lengths[:, None], out=np.zeros_like(x), where=lengths[:, None] > 0)
+    by_vectors = np.zeros_like(x)
+    np.divide(tangent, lengths[:, None], out=by_vectors, where=lengths[:, None] > 0)
+    return by_vectors
 
 
 def naive_mean(x: Tensor, y: Tensor | None, curve: Curve) -> Tensor:
