@@ -136,6 +136,7 @@ __device__ __forceinline__ void consume(const CallTables& call, const SharedPlan
     for (int step = 0; step < parts * steps; ++step) {
       if (step == rescale) {
         wgmma_wait<0>();
+        pin(acc);
 #pragma unroll
         for (int r = 0; r < Tile::kAccumulators; ++r) acc[r] *= 0x1p-11f;
       }
@@ -143,6 +144,7 @@ __device__ __forceinline__ void consume(const CallTables& call, const SharedPlan
       const uint32_t x = shared.stages + ring.stage * Tile::kStageBytes;
       const uint64_t a = operand_descriptor(x + group_offset(group), kMnMajor);
       const uint64_t b = operand_descriptor(x + kBoxBytes, kMnMajor);
+      pin(acc);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kStepK / kMmaK; ++k) {
@@ -155,6 +157,7 @@ __device__ __forceinline__ void consume(const CallTables& call, const SharedPlan
       ring.advance<Tile::kStages>();
     }
     wgmma_wait<0>();
+    pin(acc);
     release<Tile>(shared, held, lane);
 
     const BlockPair tile = unpack_tiles(work.tiles);
