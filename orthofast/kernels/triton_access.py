@@ -58,7 +58,10 @@ def scale_power(largest):
 def decoded(stored, FORMAT: tl.constexpr):
     """Stored elements as float32: floats of 32 and 16 bits, or bytes that hold a float8."""
     if FORMAT == NATIVE:
-        return stored.to(tl.float32)
+        if stored.dtype == tl.bfloat16:  # the upper half of a float32; the interpreter's own way loses the smallest
+            return (stored.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        else:
+            return stored.to(tl.float32)
     mantissa: tl.constexpr = 2 if FORMAT == E5M2 else 2 if FORMAT == E5M2FNUZ else 3
     bias: tl.constexpr = 7 if FORMAT == E4M3FN else 8 if FORMAT == E4M3FNUZ else 15 if FORMAT == E5M2 else 16
     bits = stored.to(tl.int32) & 0xFF

@@ -1,0 +1,154 @@
+"""What only the Triton backend has, run in the interpreter: tensor maps, slots in bands, decoded float8, kept tables.
+
+Collected by ``test_interpreter.py`` in a process of its own; TRITON_INTERPRET must be set before triton is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orthofast.kernels import dispatch, gram_stats, gram_stats_many, tiles, triton_gpu, triton_launch, triton_plan
+from orthofast.kernels.contract import make_request
+from orthofast.kernels.tiles import Tile
+from orthofast.kernels.triton_access import decoded
+from tests.kernels.cases import ALL, SHORT, Case, assert_record, gaussian, same_bits
+
+FLOAT8 = {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2, torch.float8_e4m3fnuz: 3, torch.float8_e5m2fnuz: 4}
+TINY = Tile(16, 16, 16, 4, 1)
+WIDE = Tile(16, 32, 16, 4, 1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_poisoned(poisoned_memory: None) -> Iterator[None]:
+    """Plans are made anew around each test, for tests change the tables of tiles."""
+    for cache in (triton_plan.plan, triton_plan.method_of):
+        cache.cache_clear()
+    yield
+    for cache in (triton_plan.plan, triton_plan.method_of):
+        cache.cache_clear()
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiles.TABLE, "interpreter", (TINY, TINY, WIDE))
+    monkeypatch.setattr(tiles, "MEDIUM_SET", 16)
+    monkeypatch.setattr(tiles, "SMALL_RATE", 10.0)
+
+
+def folded(x: Tensor, y: Tensor | None = None, **options: object) -> object:
+    return gram_stats(x, y, want=ALL, backend="triton_gpu", **options)  # type: ignore[arg-type]
+
+
+@triton.jit
+def _decode(stored, values, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.arange(0, 256)
+    tl.store(values + places, decoded(tl.load(stored + places), FORMAT))
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=SHORT.get)
+def test_every_float8_is_decoded_as_torch_does(dtype: torch.dtype) -> None:
+    stored = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    values = torch.empty(256)
+    _decode[(1,)](stored, values, FLOAT8[dtype])
+    expected = stored.view(dtype).float()
+    assert torch.equal(values.isnan(), expected.isnan())
+    assert torch.equal(values.nan_to_num(), expected.nan_to_num())
+
+
+EDGES = [
+    Case(n, d, torch.float16) for n, d in ((1, 1), (2, 15), (15, 16), (16, 17), (17, 1), (31, 17), (32, 16), (33, 15))
+]
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("case", EDGES, ids=str)
+def test_edges_of_tiles(case: Case) -> None:
+    x = case.x()
+    assert_record(folded(x, bins=16), x, bins=16)  # type: ignore[arg-type]
+
+
+MAPS = [
+    Case(49, 40, torch.float16),
+    Case(40, 24, torch.bfloat16, "cols"),
+    Case(33, 16, torch.bfloat16, b=3),
+    Case(40, 19, torch.float32, b=2),
+    Case(40, 19, torch.float32, "cols"),
+    Case(24, 16, torch.float16, b=2, m=40),
+    Case(24, 17, torch.float8_e4m3fn, m=40),
+]
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("precision", ["auto", "high"])
+@pytest.mark.parametrize("case", MAPS, ids=str)
+def test_tensor_maps_give_the_bits_of_pointers(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = case.x(), case.y()
+    through_pointers = folded(x, y, precision=precision)
+    made: list[object] = []
+    maps = triton_launch.tensor_maps
+
+    def noted(*args: object) -> tuple[object, ...]:
+        made.append(maps(*args))  # type: ignore[arg-type]
+        return made[-1]  # type: ignore[return-value]
+
+    monkeypatch.setattr(triton_launch, "tensor_maps", noted)
+    monkeypatch.setattr(tiles, "has_tensor_maps", lambda kind: True)
+    monkeypatch.setattr(triton_plan, "ALONE_TILES", 1)
+    triton_plan.plan.cache_clear()
+    through_maps = folded(x, y, precision=precision)
+    assert made[0][0] is not None  # type: ignore[index]
+    assert same_bits(through_pointers, through_maps)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("case", [Case(290, 8, torch.float16), Case(40, 16, b=4), Case(40, 8, m=290)], ids=str)
+@pytest.mark.parametrize("precision", ["auto", "high"])
+def test_slots_in_pieces_give_the_same_sums(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = case.x(), case.y()
+    whole = folded(x, y, precision=precision)
+    monkeypatch.setattr(tiles, "SLOT_BYTES", 1000)
+    triton_plan.plan.cache_clear()
+    shape = triton_plan.shape_of(make_request(x, y, want=ALL, precision=precision))
+    (group,) = triton_plan.plan((shape,), x.device, "interpreter")
+    assert len(group.pieces) > 1
+    assert same_bits(whole, folded(x, y, precision=precision))  # type: ignore[arg-type]
+
+
+def test_rounded_bfloat16_beyond_float32_is_folded_again() -> None:
+    x = torch.ldexp(gaussian((1, 40, 64), 0), torch.tensor(110)).bfloat16()
+    assert not bool((x.float() @ x.float().mT).isfinite().all())
+    assert_record(folded(x), x, rival_x=torch.ldexp(x.float(), torch.tensor(-110)))  # type: ignore[arg-type]
+
+
+def test_same_addresses_keep_their_tables_and_new_ones_are_seen() -> None:
+    x = gaussian((1, 40, 16), 0, torch.float16)
+    first = folded(x)
+    shape = triton_plan.shape_of(make_request(x, want=ALL))
+    (group,) = triton_plan.plan((shape,), x.device, "interpreter")
+    kept = dict(group.placed)
+    x.mul_(2)
+    folded(x)
+    assert {where: pair[0] is kept[where][0] for where, pair in group.placed.items()} == {(x.data_ptr(),): True}
+    other = gaussian((1, 40, 16), 1, torch.float16)
+    assert not same_bits(first, folded(other))  # type: ignore[arg-type]
+    assert len(group.placed) == 2
+
+
+def test_a_model_is_one_group_per_dtype_layout_and_tile() -> None:
+    xs = [gaussian((n, 32), n, torch.float16) for n in (96, 200, 130, 96)]
+    shapes = tuple(triton_plan.shape_of(make_request(x)) for x in xs)
+    assert len(triton_plan.plan(shapes, xs[0].device, "interpreter")) == 1
+    records = gram_stats_many([*xs, xs[0].T], want=ALL, backend="triton_gpu")
+    for x, record in zip([*xs, xs[0].T], records, strict=True):
+        assert_record(record, x.unsqueeze(0))
+
+
+def test_the_interpreter_serves_cpu_tensors() -> None:
+    assert dispatch.load("triton_gpu") is triton_gpu
+    assert triton_gpu.supports(make_request(torch.ones(2, 2))) is None
