@@ -28,9 +28,9 @@ from orthofast.kernels.tiles import Tile
 from orthofast.kernels.triton_access import power_of_two, scale_power
 from orthofast.records import DriftStats
 
-# two accumulators and twice the operands of a fold: 192 KiB of shared memory where there are 227, 64 KiB elsewhere
+# two accumulators and twice the operands of a fold: 192 KiB of shared memory where there are 227, little elsewhere
 WIDE = {1: Tile(128, 128, 64, 8, 3), 2: Tile(128, 128, 32, 8, 3)}
-NARROW = {1: Tile(64, 64, 32, 4, 3, 2), 2: Tile(64, 64, 32, 8, 2, 1)}
+NARROW = {1: Tile(64, 64, 32, 4, 3, 2), 2: Tile(64, 64, 16, 8, 2, 1)}
 INTERPRETED = Tile(32, 32, 32, 4, 1)
 STEP = 1024  # elements of a vector read at a time
 ZERO, NONFINITE = 1, 2  # marks of a vector
