@@ -141,17 +141,5 @@ __device__ __forceinline__ void fold_fragment(const float (&acc)[Tile::kAccumula
   }
 }
 
-// Per-vector sums and the maximum in turn: together they need more registers than there are.
-template <typename Tile, int kWant, bool kMasked>
-__device__ __forceinline__ void fold_tile(const float (&acc)[Tile::kAccumulators], const Problem& problem,
-                                          const CallTables& call, const Place& at, float* column_sums) {
-  if constexpr ((kWant & kRowAbs) != 0 && (kWant & kAbsMax) != 0) {
-    fold_fragment<Tile, kWant & ~kAbsMax, kMasked>(acc, problem, call, at, column_sums);
-    fold_fragment<Tile, kAbsMax, kMasked>(acc, problem, call, at, column_sums);
-  } else {
-    fold_fragment<Tile, kWant, kMasked>(acc, problem, call, at, column_sums);
-  }
-}
-
 }  // namespace cuda
 }  // namespace orthofast

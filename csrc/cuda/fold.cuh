@@ -166,9 +166,9 @@ __device__ __forceinline__ void consume(const CallTables& call, const SharedPlan
                    slot_of(entry, rank, warp),
                    row_tile, static_cast<int>(tile.col), thread, warp};
     if (problem.within && tile.row == tile.col) {
-      fold_tile<Tile, kWant, true>(acc, problem, call, at, shared.column_sums);
+      fold_fragment<Tile, kWant, true>(acc, problem, call, at, shared.column_sums);
     } else {
-      fold_tile<Tile, kWant, false>(acc, problem, call, at, shared.column_sums);
+      fold_fragment<Tile, kWant, false>(acc, problem, call, at, shared.column_sums);
     }
   }
 }
