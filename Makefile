@@ -8,7 +8,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BUILD := build
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 # tools of .venv serve where the system has none
 export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
 HAS_NATIVE := import importlib.util as u; print("native_cpu,numba_cpu" if u.find_spec("orthofast._cpu") else "numba_cpu")
@@ -80,6 +80,6 @@ sanitize-thread: ## run it under ThreadSanitizer
 	$(BUILD)/tsan/csrc_check
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) $(BUILD) dist docs/_build demo *.egg-info orthofast/_cpu*.so
+	rm -rf $(VENV) $(BUILD) dist docs/_build demo *.egg-info orthofast/_cpu*.so orthofast/_cuda*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find orthofast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
