@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     )
     from orthofast.records import GramStats
     from orthofast.scan import scan_checkpoint
-    from orthofast.training import orthogonalize_, pii_loss
+    from orthofast.training import Monitor, orthogonalize_, pii_loss
 
     __version__: str
 
 __all__ = [
     "GramStats",
+    "Monitor",
     "OrthofastError",
     "__version__",
     "conformal_drift",
@@ -45,6 +46,7 @@ __all__ = [
 
 _HOME = {
     "GramStats": "orthofast.records",
+    "Monitor": "orthofast.training",
     "OrthofastError": "orthofast.errors",
     "conformal_drift": "orthofast.metrics",
     "cosine_histogram": "orthofast.metrics",
@@ -60,7 +62,7 @@ _HOME = {
     "scan_checkpoint": "orthofast.scan",
     "use_backend": "orthofast.kernels.dispatch",
 }
-_ROOMS = ("errors", "kernels", "metrics", "records", "scan", "training", "views")
+_ROOMS = ("distributed", "errors", "kernels", "metrics", "records", "scan", "training", "views")
 
 
 def __getattr__(name: str) -> Any:

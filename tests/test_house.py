@@ -46,7 +46,7 @@ FACADE = {
     "GramStats": True,
     "isotropic_baseline": True,
     "conditioning": False,
-    "Monitor": False,
+    "Monitor": True,
     "pii_loss": True,
     "orthogonalize_": True,
     "scan_checkpoint": True,
