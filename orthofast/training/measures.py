@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ def of_changes(
         if then is None or then.shape != x.shape:
             continue
         try:
-            values.append(conformal_drift(then.to(x.device)[0], x[0]).absolute)
+            values.append(conformal_drift(_whole(then.to(x.device))[0], _whole(x)[0]).absolute)
             names.append(paths[layer.name])
         except Exception as error:  # noqa: BLE001 - the other layers are measured
             failed(layer, error)
@@ -143,6 +143,12 @@ def of_changes(
         return []
     device = values[0].device
     return [Part("conformal_drift", tuple(names), torch.stack([value.to(device) for value in values]))]
+
+
+def _whole(x: Any) -> Tensor:
+    """A shard's whole matrix, for metrics that need both versions at hand; one layer at a time."""
+    whole: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return whole
 
 
 def _fold(

@@ -75,7 +75,7 @@ class Probe:
         self.model = model
         self._select = select
         self._say = say
-        self._lost: set[str] = set()  # layers that failed: reported, left out from then on
+        self._lost: set[tuple[str, str]] = set()  # source and layer that failed: reported, left out from then on
         self._weight_starts: dict[str, Tensor] = {}  # (d,)
         self._gradient_starts: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # vectors at the start, (1, n, d)
@@ -84,7 +84,9 @@ class Probe:
             first = f"; {self.skipped[0].name} {self.skipped[0].reason}" if self.skipped else ""
             raise InputError(f"model has no layer that can be measured{first}")
         if self._asked(CHANGES):
-            self._before = {layer.name: x.detach().clone() for layer, x in vectors_of(self.layers, self._failed({}))}
+            self._before = {
+                layer.name: x.detach().clone() for layer, x in vectors_of(self.layers, self._failed({}, CHANGES))
+            }
 
     def measure(self, gradients: list[Part] | None, errors: dict[str, str]) -> list[Part]:
         """One vector a metric.
@@ -93,7 +95,6 @@ class Probe:
             gradients: what :meth:`gradients` gave for this step; None reads them now.
             errors: receives a sentence for each layer that failed, by path.
         """
-        failed = self._failed(errors)
         watch = self.capture
         seen: list[Part] = []
         if watch is not None:  # before the layers are listed anew, and hooks with them
@@ -101,16 +102,21 @@ class Probe:
         self.refresh()
         parts: list[Part] = []
         asked, changes = self._asked(WEIGHTS), self._asked(CHANGES)
-        if asked or changes:
-            layers = vectors_of(self._kept(), failed)
-            parts += self._guarded(asked, lambda: of_weights(asked, layers, self._paths, failed))
-            parts += self._guarded(changes, lambda: of_changes(layers, self._before, self._paths, failed))
+        failed = self._failed(errors, WEIGHTS)
+        turned = self._failed(errors, CHANGES)
+        parts += self._guarded(
+            asked, lambda: of_weights(asked, vectors_of(self._kept(WEIGHTS), failed), self._paths, failed)
+        )
+        parts += self._guarded(
+            changes,
+            lambda: of_changes(vectors_of(self._kept(CHANGES), turned), self._before, self._paths, turned),
+        )
         return parts + (self.gradients(errors) if gradients is None else gradients) + seen
 
     def gradients(self, errors: dict[str, str]) -> list[Part]:
         """Metrics of the gradients as they are now."""
         asked = self._asked(GRADIENTS)
-        return self._guarded(asked, lambda: self._of_gradients(self._failed(errors)))
+        return self._guarded(asked, lambda: self._of_gradients(self._failed(errors, GRADIENTS)))
 
     def refresh(self) -> None:
         """Notice modules that left or joined the model since the layers were listed."""
@@ -173,15 +179,18 @@ class Probe:
     def _asked(self, source: str) -> list[Measure]:
         return [measure for measure in self.measures if measure.source == source]
 
-    def _kept(self) -> list[Layer]:
-        return [layer for layer in self.layers if layer.name not in self._lost]
+    def _kept(self, source: str) -> list[Layer]:
+        return [layer for layer in self.layers if (source, layer.name) not in self._lost]
 
-    def _failed(self, errors: dict[str, str]) -> Callable[[Layer, Exception], None]:
+    def _failed(self, errors: dict[str, str], source: str) -> Callable[[Layer, Exception], None]:
         def failed(layer: Layer, error: Exception) -> None:
             sentence = f"{type(error).__name__}: {error}"
             errors[path_of(layer.name)] = sentence
-            self._lost.add(layer.name)
-            self._say(f"{layer.name} cannot be measured and is left out from now on: {sentence}; training goes on")
+            self._lost.add((source, layer.name))
+            self._say(
+                f"{layer.name} cannot be measured and is left out of metrics of {source} from now on: {sentence}; "
+                "training goes on"
+            )
 
         return failed
 
@@ -202,7 +211,7 @@ class Probe:
 
     def _of_gradients(self, failed: Callable[[Layer, Exception], None]) -> list[Part]:
         found: list[tuple[Layer, Tensor, Tensor]] = []
-        for layer, x in vectors_of(self._kept(), failed):
+        for layer, x in vectors_of(self._kept(GRADIENTS), failed):
             gradient = layer.parameter.grad
             if gradient is None:
                 continue

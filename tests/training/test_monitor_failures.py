@@ -94,7 +94,9 @@ def test_a_layer_that_cannot_be_measured_any_more_is_a_row_with_its_error() -> N
     model, rows = net(), Rows()
     monitor = Monitor(model, every_n_steps=1, metrics=("pii",), log=rows, overhead=None)
     model[3].weight = nn.Parameter(torch.ones(3))
-    with pytest.warns(RuntimeWarning, match=r"3\.weight cannot be measured and is left out") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=r"3\.weight cannot be measured and is left out of metrics of weights"
+    ) as caught:
         monitor.step()
     monitor.step()
     monitor.step()
