@@ -4,6 +4,7 @@
 // With T_ij = f'(u_i . u_j):  G_i += sum over j of T_ij u_j  and  G_j += sum over i of T_ij u_i.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "epilogue.h"
@@ -147,6 +148,8 @@ struct GradientBlock {
 
   template <int W>
   ORTHOFAST_APART void bend_tile(Elem* tile, int64_t i, int64_t j) {
+    // packing fills registers, and a narrow one may end before the tile does
+    for (int64_t r = task.rows - i; r < kRows; ++r) std::fill_n(tile + r * kPanel, W * kLanes, Elem(0));
     if (task.diagonal) {
       for (int r = 0; r < kRows; ++r) {
         if (i + r >= j && i + r < j + kPanel) tile[r * kPanel + i + r - j] = 0;
