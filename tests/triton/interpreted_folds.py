@@ -107,7 +107,7 @@ def test_tensor_maps_give_the_bits_of_pointers(case: Case, precision: str, monke
 
 
 @pytest.mark.usefixtures("tiny_tiles")
-@pytest.mark.parametrize("case", [Case(290, 8, torch.float16), Case(40, 16, b=4), Case(40, 8, m=290)], ids=str)
+@pytest.mark.parametrize("case", [Case(180, 8), Case(40, 16, b=4), Case(20, 8, m=290)], ids=str)
 @pytest.mark.parametrize("precision", ["auto", "high"])
 def test_slots_in_pieces_give_the_same_sums(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = case.x(), case.y()
@@ -152,3 +152,30 @@ def test_a_model_is_one_group_per_dtype_layout_and_tile() -> None:
 def test_the_interpreter_serves_cpu_tensors() -> None:
     assert dispatch.load("triton_gpu") is triton_gpu
     assert triton_gpu.supports(make_request(torch.ones(2, 2))) is None
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+def test_nan_of_the_next_item_does_not_come_through_a_tensor_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "has_tensor_maps", lambda kind: True)
+    monkeypatch.setattr(triton_plan, "ALONE_TILES", 1)
+    x = gaussian((3, 19, 16), 0, torch.float16)
+    x[1, 0] = float("nan")  # the ragged tile of item 0 ends on it
+    assert_record(folded(x), x)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+def test_the_first_of_equal_pairs_wins_across_bands_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "FINISH_BLOCK", 4)
+    x = torch.ones(150, 4, dtype=torch.float16)
+    record = gram_stats(x, want="abs_max", backend="triton_gpu")
+    assert record.argmax is not None
+    assert record.argmax.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("direction", [1, -1], ids=["growing", "shrinking"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+def test_lengths_whose_largest_entry_comes_late_or_early(dtype: torch.dtype, direction: int) -> None:
+    x = gaussian((1, 10, 400), 0, dtype)
+    powers = torch.arange(400) // 100 * 3 * direction  # less than a step of the row apart: all parts count
+    x = torch.ldexp(x.double(), powers).to(dtype)
+    assert_record(folded(x), x)  # type: ignore[arg-type]
