@@ -5,14 +5,15 @@ function                 of the rows x_i of X, (n, d)                          f
 =======================  ====================================================  ================================
 pii_loss                 mean over i < j of abs cos(x_i, x_j)                  Lu et al. 2024, Eq. 6
 frame_potential_loss     mean over i < j of cos(x_i, x_j)^2                    Benedetto and Fickus 2003
-soft_orthogonality_loss  ||X X^T - I||_F^2; double adds ||X^T X - I||_F^2      Bansal et al. 2018, Sections 3.1, 3.2
+soft_orthogonality_loss  F(X X^T - I); double adds F(X^T X - I)                Bansal et al. 2018, Sections 3.1, 3.2
 mutual_coherence_loss    max abs (X X^T - I), entry by entry                   Bansal et al. 2018, Section 3.3
 srip.SRIP                spectral norm of X X^T - I, on the smaller side       Bansal et al. 2018, Section 3.4
-conv_orthogonality_loss  ||conv(K, K) - delta||_F^2                            Wang et al. 2020, Section 3.2
+conv_orthogonality_loss  F(conv(K, K) - delta)                                 Wang et al. 2020, Section 3.2
 =======================  ====================================================  ================================
 
-Each is summed over the layers of a model and multiplied by ``weight``. Values are 0-d, float32 (float64 for float64
-weights), on the weights' device. ``add_penalty_grad_`` makes the gradients alone, without a graph.
+F is the squared Frobenius norm. Each is summed over the layers of a model and multiplied by ``weight``. Values are 0-d,
+float32 (float64 for float64 weights), on the weights' device. ``add_penalty_grad_`` makes the gradients alone, without a
+graph.
 """
 
 from __future__ import annotations
