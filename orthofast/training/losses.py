@@ -12,7 +12,7 @@ conv_orthogonality_loss  F(conv(K, K) - delta)                                 W
 =======================  ====================================================  ================================
 
 F is the squared Frobenius norm. Each is summed over the layers of a model and multiplied by ``weight``. Values are 0-d,
-float32 (float64 for float64 weights), on the weights' device. ``add_penalty_grad_`` makes the gradients alone, without a
+float32 (float64 for float64 weights), on the weights' device. ``add_penalty_grad_`` makes the gradients alone, with no
 graph.
 """
 
