@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
     raise ImportError("orthofast.training.lightning needs the package lightning; pip install lightning") from error
 
