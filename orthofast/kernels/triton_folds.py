@@ -156,7 +156,13 @@ def _count_cosines(cosines, mask, hist, bins, BINS: tl.constexpr, SIZE: tl.const
         tl.atomic_add(hist + bin_of, one, mask=mask, sem="relaxed")
 
 
-@triton.jit
+# one compiled form for all sizes: none of these numbers makes the code faster
+_SIZES = (
+    "begin", "stop", "total", "vectors_total", "row_base", "column_base", "first_column", "last_column", "bins",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def fold(
     entries, problems, x_map, y_map, x_low_map, y_low_map, high, low, factors, partials, arguments,
     row_slots, column_slots, hist, todo, begin, stop, total, vectors_total, row_base, column_base,

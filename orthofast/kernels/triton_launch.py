@@ -146,14 +146,13 @@ def _on_device(group: Group, tensors: Sequence[Tensor], device: torch.device) ->
         if group.static is None:
             lists = np.concatenate([group.work.entries.ravel(), group.units.ravel()])
             group.static = _copied(torch.from_numpy(lists), device)
+            group.static_copied = _recorded(on_gpu)
+        elif on_gpu:
+            torch.cuda.current_stream().wait_event(group.static_copied)  # another stream may have copied it
         if len(group.placed) >= KEPT_TABLES:
             group.placed.pop(next(iter(group.placed)), None)
         table = _copied(torch.from_numpy(tables(group, where)), device)
-        event: Any = None
-        if on_gpu:
-            event = torch.cuda.Event()
-            event.record()
-        known = group.placed[where] = (table, event)
+        known = group.placed[where] = (table, _recorded(on_gpu))
     elif on_gpu and not capturing:
         torch.cuda.current_stream().wait_event(known[1])  # another stream may have copied it
     if capturing:
@@ -162,6 +161,11 @@ def _on_device(group: Group, tensors: Sequence[Tensor], device: torch.device) ->
         for tensor in (group.static, known[0]):
             tensor.record_stream(torch.cuda.current_stream())
     return group.static, known[0]
+
+
+def _recorded(on_gpu: bool) -> Any:
+    """An event of this moment in the current stream; None without a GPU."""
+    return torch.cuda.current_stream().record_event() if on_gpu else None
 
 
 def _copied(host: Tensor, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ ALONE_TILES = 4 * tiles.PROCESSORS  # work that fills the device by itself and g
 FINISH_BLOCK = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """All that a plan may depend on: a request without its addresses."""
 
     dtype: torch.dtype
@@ -59,9 +58,9 @@ def shape_of(request: Request) -> Shape:
     aligned = x.data_ptr() % ALIGNED_BYTES == 0 and (y is None or y.data_ptr() % ALIGNED_BYTES == 0)
     return Shape(
         x.dtype,
-        tuple(x.shape),
+        x.shape,
         x.stride(),
-        None if y is None else tuple(y.shape),
+        None if y is None else y.shape,
         None if y is None else y.stride(),
         aligned,
         request.normalize,
@@ -134,7 +133,7 @@ def method_of(shape: Shape, kind: str) -> Method:
         own=not exact16,
         parts=parts,
         watched=shape.dtype == torch.bfloat16 and shape.normalize and layout != ANY,
-        decides=rounded,
+        decides=rounded and shape.want != 0,  # lengths alone need no second look
         tile=tiles.fold_tile(kind, shape.problem, parts=parts, careful=layout == ANY, heavy=heavy),
     )
 
@@ -187,10 +186,14 @@ class Group:
     elements: int  # of 16-bit scratch, per part
     first_vector: list[int]  # per request, x then y
     first_problem: list[int]
+    items: list[int]  # per request
+    vector_counts: list[int]  # per request, x then y, of all items
+    batched: list[tuple[int, int, int]]  # of these counts, which are of several items: b, n
     pieces: list[Piece]
     slots: tuple[int, int]
     vector_block: tuple[int, int]
     static: Tensor | None = None  # (int32) entries, then units, on the device
+    static_copied: Any = None  # event: other streams wait for it
     placed: dict[tuple[int, ...], tuple[Tensor, Any]] = field(default_factory=dict)
 
     @property
@@ -255,6 +258,7 @@ def _group(method: Method, requests: list[int], shapes: list[Shape], kind: str) 
         vectors += b * (n + m if method.cross else n)
         elements += int(np.sum(sides[:, 7] * sides[:, 4 if method.layout == COLUMNS else 3])) if method.own else 0
         problem_count, tensors = problem_count + b, tensors + (2 if method.cross else 1)
+    ends = [end for shape in shapes for end in (shape.x, shape.y) if end is not None]
     sides = np.concatenate([part[0] for part in made])
     problems = np.concatenate([part[1] for part in made])
     problems[:, 11], problems[:, 12] = work.first, work.count
@@ -277,6 +281,9 @@ def _group(method: Method, requests: list[int], shapes: list[Shape], kind: str) 
         elements=elements,
         first_vector=first_vector,
         first_problem=first_problem,
+        items=[shape.x[0] for shape in shapes],
+        vector_counts=[end[0] * end[1] for end in ends],
+        batched=[(place, end[0], end[1]) for place, end in enumerate(ends) if end[0] != 1],
         pieces=[],
         slots=(row_slots, column_slots),
         vector_block=block,

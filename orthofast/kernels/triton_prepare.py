@@ -66,7 +66,7 @@ def _elements(base, vectors, entries, stride_n, stride_d, LAYOUT: tl.constexpr):
     return base + v * stride_n + e * stride_d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("vectors_total",))  # one compiled form for all sizes
 def prepare(
     units,
     sides,
@@ -201,7 +201,7 @@ def _inverse_root(square):
     return tl.where(square == 0, 0.0, tl.where(square > 0, 1.0 / root, square)).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("row_base", "column_base", "first_column", "last_column"))
 def join_rows(
     units,
     sides,
@@ -280,7 +280,7 @@ def _counts(norm_sq, first, count, BLOCK: tl.constexpr):
     return tl.sum(zero, 0).to(tl.int64), tl.sum(bad, 0).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("total", "problems_total"))
 def finish(
     problems,
     norm_sq,
@@ -366,7 +366,7 @@ def finish(
         tl.store(counts + 4 * problems_total + number, tl.where(none, -1, pair & 0xFFFFFFFF), mask=runs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("problems_total",))
 def poison_vectors(units, sides, counts, row_abs, problems_total, BLOCK_V: tl.constexpr):
     """NaN into the per-vector sums of problems that hold a bad vector."""
     unit = tl.program_id(0)
