@@ -22,87 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from orthofast.kernels import tiles, triton_gpu
-from orthofast.kernels.contract import FLOAT8, Request
+from orthofast.kernels.contract import Request
 from orthofast.kernels.schedule import Problem, work_list
 from orthofast.kernels.tiles import Tile
-from orthofast.kernels.triton_access import power_of_two, scale_power
+from orthofast.kernels.triton_parts import NONFINITE, ZERO, added, cosines_of, prepared
 from orthofast.records import DriftStats
 
 # two accumulators and twice the operands of a fold: 192 KiB of shared memory where there are 227, little elsewhere
 WIDE = {1: Tile(128, 128, 64, 8, 3), 2: Tile(128, 128, 32, 8, 3)}
 NARROW = {1: Tile(64, 64, 32, 4, 3, 2), 2: Tile(64, 64, 16, 8, 2, 1)}
 INTERPRETED = Tile(32, 32, 32, 4, 1)
-STEP = 1024  # elements of a vector read at a time
-ZERO, NONFINITE = 1, 2  # marks of a vector
-NEVER_FINITE = tl.constexpr(0x7F800000)  # bits of the smallest float32 that is Inf or NaN
-MARK_ZERO, MARK_NONFINITE = tl.constexpr(ZERO), tl.constexpr(NONFINITE)
-
-
-@triton.jit
-def prepare(
-    x,
-    high,
-    low,
-    factors,
-    marks,
-    n,
-    d,
-    width,
-    stride_b,
-    stride_n,
-    stride_d,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One vector: its mark, 1 / length after scaling, and its entries in float16 parts, zeros up to ``width``."""
-    vector = tl.program_id(0)
-    item, row = (vector // n).to(tl.int64), (vector % n).to(tl.int64)
-    source = x + item * stride_b + row * stride_n
-    at = tl.arange(0, BLOCK)
-    most = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, d, BLOCK):
-        inside = start + at < d
-        value = tl.load(source + (start + at).to(tl.int64) * stride_d, mask=inside, other=0.0).to(tl.float32)
-        most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # NaN ranks above all
-    largest = tl.max(most, 0)
-    scale = power_of_two(scale_power(largest.to(tl.float32, bitcast=True)))
-    squares = tl.zeros([BLOCK], tl.float64)
-    target = vector.to(tl.int64) * width
-    for start in range(0, width, BLOCK):
-        entries = start + at
-        value = tl.load(source + entries.to(tl.int64) * stride_d, mask=entries < d, other=0.0).to(tl.float32) * scale
-        squares += value.to(tl.float64) * value.to(tl.float64)
-        part = value.to(tl.float16)
-        tl.store(high + target + entries, part, mask=entries < width)
-        if PARTS == 2:
-            tl.store(low + target + entries, (value - part.to(tl.float32)).to(tl.float16), mask=entries < width)
-    square = tl.sum(squares, 0)
-    inverse = tl.where(largest == 0, 0.0, 1.0 / tl.sqrt(tl.where(largest == 0, 1.0, square)))
-    tl.store(factors + vector, inverse.to(tl.float32))
-    mark = tl.where(largest == 0, MARK_ZERO, tl.where(largest >= NEVER_FINITE, MARK_NONFINITE, 0))
-    tl.store(marks + vector, mark)
-
-
-@triton.jit
-def _added(high, low, rows, columns, entries, n, width, total, PARTS: tl.constexpr):
-    """total + the products of a step of two blocks of vectors, low parts times low parts left out."""
-    at_rows = rows.to(tl.int64)[:, None] * width + entries[None, :]
-    at_columns = columns.to(tl.int64)[None, :] * width + entries[:, None]
-    row_there, column_there = (rows < n)[:, None], (columns < n)[None, :]
-    left = tl.load(high + at_rows, mask=row_there, other=0.0)
-    right = tl.load(high + at_columns, mask=column_there, other=0.0)
-    total = tl.dot(left, right, total)
-    if PARTS == 2:
-        total = tl.dot(left, tl.load(low + at_columns, mask=column_there, other=0.0), total)
-        total = tl.dot(tl.load(low + at_rows, mask=row_there, other=0.0), right, total)
-    return total
-
-
-@triton.jit
-def _cosines(products, factors, rows, columns, n):
-    left = tl.load(factors + rows, mask=rows < n, other=0.0)
-    right = tl.load(factors + columns, mask=columns < n, other=0.0)
-    return products * left[:, None] * right[None, :]
 
 
 @triton.jit
@@ -135,10 +64,12 @@ def compare(
         new = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, width, BLOCK_K):
             entries = k + tl.arange(0, BLOCK_K)
-            old = _added(high_x + start, low_x + start, rows, columns, entries, n, width, old, PARTS_X)
-            new = _added(high_y + start, low_y + start, rows, columns, entries, n, width, new, PARTS_Y)
-        old = _cosines(old, factors_x + item * n, rows, columns, n)
-        new = _cosines(new, factors_y + item * n, rows, columns, n)
+            x, x_low, y, y_low = high_x + start, low_x + start, high_y + start, low_y + start
+            old = added(x, x_low, x, x_low, rows, columns, entries, n, n, width, old, PARTS_X)
+            new = added(y, y_low, y, y_low, rows, columns, entries, n, n, width, new, PARTS_Y)
+        x_factors, y_factors = factors_x + item * n, factors_y + item * n
+        old = cosines_of(old, x_factors, x_factors, rows, columns, n, n)
+        new = cosines_of(new, y_factors, y_factors, rows, columns, n, n)
         pair = rows[:, None] < columns[None, :]
         unsigned = tl.where(pair, tl.abs(tl.abs(old) - tl.abs(new)), 0.0)
         signed = tl.where(pair, tl.abs(old - new), 0.0)
@@ -163,7 +94,7 @@ def drift_stats(before: Request, after: Request) -> DriftStats:
         parts = (_parts(x), _parts(y))
         tile, processors = _tile(device, max(parts))
         width = -(-d // tile.block_k) * tile.block_k
-        sides = [_prepared(v, count, width) for v, count in zip((x, y), parts, strict=True)]
+        sides = [prepared(v, count, width) for v, count in zip((x, y), parts, strict=True)]
         marks = sides[0][3] | sides[1][3]  # (b, n)
         bad = (marks & NONFINITE != 0).sum(1)
         left_out = marks & ZERO != 0
@@ -210,19 +141,6 @@ def _tile(device: torch.device, parts: int) -> tuple[Tile, int]:
     kind = tiles.kind_of(torch.cuda.get_device_capability(device), torch.version.hip is not None)
     table = WIDE if kind in ("hopper", "blackwell") else NARROW
     return table[parts], properties.multi_processor_count
-
-
-def _prepared(x: Tensor, parts: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """High and low parts (b, n, width), 1 / length (b, n) and marks (b, n) of one version."""
-    b, n, d = x.shape
-    x = x.to(torch.float16) if x.dtype in FLOAT8 else x  # exact
-    high = torch.empty(b, n, width, dtype=torch.float16, device=x.device)
-    low = torch.empty_like(high) if parts == 2 else high
-    factors = torch.empty(b, n, dtype=torch.float32, device=x.device)
-    marks = torch.empty(b, n, dtype=torch.int32, device=x.device)
-    if b * n:
-        prepare[(b * n,)](x, high, low, factors, marks, n, d, width, *x.stride(), PARTS=parts, BLOCK=STEP, num_warps=4)
-    return high, low, factors, marks
 
 
 @lru_cache(maxsize=64)
