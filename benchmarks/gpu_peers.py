@@ -13,11 +13,13 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.gpu_cases import GpuCase
 from benchmarks.peers import OURS, PRODUCT, RIVAL, Contestant, backend_refuses, naive
-from orthofast.kernels import dispatch, gram_stats
+from orthofast.kernels import dispatch, gluon_folds, gram_stats
 from orthofast.kernels.contract import make_request
 from orthofast.records import GramStats
 
 PANEL = 2048  # rows of a block; its float32 product with all vectors is what is stored
+GLUON = "gluon_folds"
+GLUON_LEAST = 4096  # vectors; the kernel is for large sets
 STORED_MOST = 40 << 30  # bytes of N x N that a contestant may keep at a time
 
 
@@ -138,10 +140,7 @@ def _refuses(name: str, precision: str, device: torch.device) -> Callable[[Case]
     def refuses(case: Case) -> str | None:
         if precision != "auto" and case.dtype != "float32":
             return "16-bit and 8-bit operands are exact in any precision"
-        probe = torch.empty((case.n, case.d), dtype=getattr(torch, case.dtype), device=device)
-        if getattr(case, "side", "rows") == "cols":
-            probe = torch.empty((case.d, case.n), dtype=probe.dtype, device=device).T
-        return backend_refuses(name, probe, precision)
+        return backend_refuses(name, _vectors_like(case, device), precision)
 
     return refuses
 
@@ -169,14 +168,39 @@ def ours(device: torch.device) -> list[Contestant]:
     return found
 
 
+def _fold_in_gluon(vectors: Tensor) -> Tensor:
+    x, n = vectors[None], len(vectors)
+    norm_sq = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).double().square()
+    return gluon_folds.abs_sum(x, norm_sq)[0] / (n * (n - 1) / 2)
+
+
+def gluon(device: torch.device) -> Contestant:
+    """The warp-specialised Hopper fold, lengths by torch within the timed call; no backend yet."""
+
+    def refuses(case: Case) -> str | None:
+        if case.dtype != "bfloat16":
+            return "run on bfloat16 only"
+        found = gluon_folds.problem(_vectors_like(case, device)[None])
+        if found is None and case.n < GLUON_LEAST:
+            return f"run from {GLUON_LEAST} vectors on"
+        return found
+
+    return Contestant(GLUON, OURS, lambda w: lambda: _fold_in_gluon(w), _float, refuses)
+
+
+def _vectors_like(case: Case, device: torch.device) -> Tensor:
+    """Memory of the shape, dtype and strides of a case."""
+    dtype = getattr(torch, case.dtype)
+    if getattr(case, "side", "rows") == "cols":
+        return torch.empty((case.d, case.n), dtype=dtype, device=device).T
+    return torch.empty((case.n, case.d), dtype=dtype, device=device)
+
+
 def default_backend(case: GpuCase, device: torch.device) -> str:
     """The backend that serves a plain call on vectors such as these."""
-    probe = torch.empty((case.n, case.d), dtype=getattr(torch, case.dtype), device=device)
-    if case.side == "cols":
-        probe = torch.empty((case.d, case.n), dtype=probe.dtype, device=device).T
-    return dispatch.choose(make_request(probe)).NAME
+    return dispatch.choose(make_request(_vectors_like(case, device))).NAME
 
 
 def field(device: torch.device) -> list[Contestant]:
     """All contestants of one case."""
-    return [*rivals(), *products(), *ours(device)]
+    return [*rivals(), *products(), *ours(device), gluon(device)]

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gate, gpu_blocks, gpu_models, gpu_run, machine
+from benchmarks import gate, gpu_blocks, gpu_models, gpu_peers, gpu_run, machine
 from benchmarks.cases import BERT_LAYER, BERT_LAYERS
 from benchmarks.gpu_cases import copies, draw, speed_cases, stored
 from benchmarks.gpu_device import DryDevice, Reading, Telemetry, parse_reading
 from benchmarks.gpu_journal import BROKEN, STUCK, Journal, backend_of, read
 from benchmarks.gpu_measured import SECTIONS, load_gpu
-from benchmarks.gpu_peers import backends, block_rows, field, naive_float32, ours
+from benchmarks.gpu_peers import backends, block_rows, field, gluon, naive_float32, ours
 from benchmarks.gpu_race import MatrixContest, allowed, race
 from benchmarks.peers import OURS, naive
 from orthofast.errors import BackendError
@@ -170,6 +170,27 @@ def test_every_backend_of_the_device_is_a_contestant():
     names = {contestant.name for contestant in ours(DEVICE.torch_device)}
     assert set(backends()) <= names
     assert set(backends()) == set(dispatch.ORDER.get("cuda", dispatch.ANY_DEVICE))
+
+
+def test_the_gluon_fold_takes_part_where_it_can_and_says_why_elsewhere():
+    journal = Journal()
+    rows = race(MatrixContest(SMALL, DEVICE, block_rows), [gluon(DEVICE.torch_device)], DEVICE, 60.0, journal)
+    assert [(row.status, "Gluon kernel needs an NVIDIA GPU" in row.reason) for row in rows] == [("left out", True)]
+    assert "bfloat16 only" in (gluon(DEVICE.torch_device).refuses(replace(SMALL, dtype="float32")) or "")
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "timed"), (1.001, "failed")])
+def test_a_value_of_the_gluon_fold_is_compared_before_it_is_timed(monkeypatch, factor, status):
+    def fold(x, norm_sq):
+        unit = x.double() / norm_sq.sqrt().unsqueeze(2)
+        return factor * (unit @ unit.mT).abs().triu(1).sum((1, 2))
+
+    monkeypatch.setattr(gpu_peers.gluon_folds, "problem", lambda x: None)
+    monkeypatch.setattr(gpu_peers.gluon_folds, "abs_sum", fold)
+    monkeypatch.setattr(gpu_peers, "GLUON_LEAST", 1)
+    contest = MatrixContest(SMALL, DEVICE, block_rows)
+    (row,) = race(contest, [gluon(DEVICE.torch_device)], DEVICE, 60.0, Journal())
+    assert row.status == status, row.reason
 
 
 def test_inputs_in_rotation_exceed_the_cache():
