@@ -9,7 +9,7 @@ from torch import Tensor
 from orthofast.errors import BackendError
 from orthofast.kernels import dispatch, doors
 from orthofast.kernels.autograd import mean_abs_cosine, mean_square_cosine
-from orthofast.kernels.contract import _DEFAULT_WANT, Request, make_request
+from orthofast.kernels.contract import _DEFAULT_WANT, Request, make_request, make_requests
 from orthofast.kernels.sampling import Sample, gram_stats_sampled
 from orthofast.records import GramStats
 
@@ -36,8 +36,11 @@ def gram_stats(
         want: fields to compute, among "abs_sum", "sq_sum", "sum", "abs_max", "row_abs", "hist".
         bins: equal bins on [-1, 1] for the histogram of signed cosines; 0 for none.
         sample: estimate from about this many random pairs instead of all; an int, or a :class:`Sample` with a seed.
-        precision: "auto", "highest" (exact operands), "high" (float32 rounded to bfloat16, faster) or "float64".
-        backend: "native_cpu", "numba_cpu" or "reference", obeyed or refused; None takes the fastest that can.
+        precision: "highest" (exact operands), "high" (float32 rounded to 16 bits, faster), "float64", or "auto":
+            "highest", but "high" for float32 on CUDA. There "high" is one fp16 pass, each vector scaled by a power of
+            two; items whose mean is near the rounding floor (``floor``) are folded again with full operands.
+        backend: "native_cpu" or "numba_cpu" on a CPU, "triton_gpu" or "native_cuda" on a GPU, "reference" anywhere:
+            obeyed or refused; None takes the first in the device's order that can.
 
     Returns:
         A :class:`GramStats`; the same bits for any number of threads and from run to run.
@@ -81,16 +84,13 @@ def gram_stats_many(
     [3, 6]
     """
     want = want if want is _DEFAULT_WANT or isinstance(want, str) else tuple(want)
-    if any(doors.handler_of(x) is not None for x in xs):  # each in its turn: all ranks see the same order
+    if doors.handler_of(*xs) is not None:  # each in its turn: all ranks see the same order
         return [
             gram_stats(x, normalize=normalize, want=want, bins=bins, precision=precision, backend=backend) for x in xs
         ]
-    requests = [make_request(x, normalize=normalize, want=want, bins=bins, precision=precision) for x in xs]
-    groups: dict[str, list[int]] = {}
-    for index, request in enumerate(requests):
-        groups.setdefault(dispatch.choose(request, backend).NAME, []).append(index)
+    requests = make_requests(xs, normalize=normalize, want=want, bins=bins, precision=precision)
     records: list[GramStats | None] = [None] * len(requests)
-    for name, indices in groups.items():
+    for name, indices in dispatch.choose_each(requests, backend).items():
         found = dispatch.load(name).gram_stats_many([requests[i] for i in indices])
         for index, record in zip(indices, found, strict=True):
             records[index] = record

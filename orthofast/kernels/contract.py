@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,37 @@ def make_request(
             raise InputError(
                 f"y needs shape (b, m, d) with b={x.shape[0]} and d={x.shape[2]} as in x, got {tuple(y.shape)}"
             )
+    bits = _fields(want, bins, normalize)
+    return Request(x, y, bool(normalize), bits, bins, _arithmetic(x, precision))
+
+
+def make_requests(
+    xs: Sequence[Tensor],
+    *,
+    normalize: bool = True,
+    want: Iterable[str] = _DEFAULT_WANT,
+    bins: int = 0,
+    precision: str = "auto",
+) -> list[Request]:
+    """As :func:`make_request` for each of ``xs``; what they share is checked once.
+
+    Raises:
+        InputError: with the argument, what was needed and what came.
+    """
+    checked = [_checked(x, "x") for x in xs]
+    bits, normalize = _fields(want, bins, normalize), bool(normalize)
+    known: dict[tuple[torch.dtype, bool], str] = {}
+    requests = []
+    for x in checked:
+        kind = x.dtype, x.is_cuda
+        arithmetic = known.get(kind)
+        if arithmetic is None:
+            arithmetic = known[kind] = _arithmetic(x, precision)
+        requests.append(Request(x, None, normalize, bits, bins, arithmetic))
+    return requests
+
+
+def _fields(want: Iterable[str], bins: int, normalize: bool) -> int:
     bits = ABS_SUM if want is _DEFAULT_WANT else _want_bits(want)
     if isinstance(bins, bool) or not isinstance(bins, int) or not 0 <= bins <= MAX_BINS:
         raise InputError(f"bins needs an integer from 0 to {MAX_BINS}, got {bins!r}")
@@ -76,17 +107,21 @@ def make_request(
         bits |= HIST
     elif bits & HIST:
         raise InputError("want='hist' needs bins: pass the number of bins on [-1, 1], e.g. bins=64")
+    return bits
+
+
+def _arithmetic(x: Tensor, precision: str) -> str:
     if precision == "auto":
         # float32 on a GPU: one pass of 16 bits is twenty times the rate of float32 arithmetic
-        rounded = x.dtype == torch.float32 and x.device.type == "cuda"
-        precision = "float64" if x.dtype == torch.float64 else "high" if rounded else "highest"
-    elif precision not in PRECISIONS:
+        rounded = x.dtype == torch.float32 and x.is_cuda
+        return "float64" if x.dtype == torch.float64 else "high" if rounded else "highest"
+    if precision not in PRECISIONS:
         raise InputError(f"precision needs one of {', '.join(PRECISIONS)}, got {precision!r}")
-    elif x.dtype == torch.float64:
-        precision = "float64"
-    elif precision == "high" and x.dtype != torch.float32:
-        precision = "highest"  # 16-bit and 8-bit operands are exact as they are
-    return Request(x, y, bool(normalize), bits, bins, precision)
+    if x.dtype == torch.float64:
+        return "float64"
+    if precision == "high" and x.dtype != torch.float32:
+        return "highest"  # 16-bit and 8-bit operands are exact as they are
+    return precision
 
 
 def _checked(x: Tensor, name: str) -> Tensor:
@@ -99,10 +134,10 @@ def _checked(x: Tensor, name: str) -> Tensor:
             f"{name} needs a floating-point dtype (float64, 32, 16, bfloat16 or float8), "
             f"got {x.dtype}; convert it with .to(torch.float32)"
         )
-    if x.device.type == "meta":
+    if x.is_meta:
         raise InputError(f"{name} is on the meta device and holds no values; load or initialise it first")
     if x.dim() == 2:
-        x = x.unsqueeze(0)
+        x = x[None]
     elif x.dim() != 3:
         raise InputError(
             f"{name} needs shape (b, n, d) or (n, d), got {tuple(x.shape)}; reshape it, or see orthofast.views"

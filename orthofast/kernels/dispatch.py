@@ -79,9 +79,29 @@ def choose(request: Request, backend: str | None = None) -> Backend:
     Raises:
         BackendError: if the named backend is unknown or cannot serve the request.
     """
-    name = backend or _chosen.get() or os.environ.get(ENVIRONMENT)
+    return _choice(request, _forced(backend))
+
+
+def choose_each(requests: Sequence[Request], backend: str | None = None) -> dict[str, list[int]]:
+    """For each backend that serves some of these requests, which ones; as :func:`choose` decides.
+
+    Raises:
+        BackendError: if the named backend is unknown or cannot serve a request.
+    """
+    name = _forced(backend)
+    groups: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(_choice(request, name).NAME, []).append(index)
+    return groups
+
+
+def _forced(backend: str | None) -> str | None:
+    return backend or _chosen.get() or os.environ.get(ENVIRONMENT)
+
+
+def _choice(request: Request, name: str | None) -> Backend:
     if name:
-        named = load(name)
+        named = _loaded.get(name) or load(name)
         reason = named.supports(request)
         if reason is not None:
             raise BackendError(f"backend {name} cannot serve this call: {reason}")

@@ -2,7 +2,7 @@
 
 Work  b*n*(n+1)/2*d multiply-adds on the tensor cores, times 3 for float32 with precision "highest".
 Traffic  one read of the input for the lengths, then the tiles; float32 and float8 are rewritten once in 16 bits.
-Memory  20 bytes a vector, 16 a tile, up to 32 MiB for per-vector sums; float32 takes 2 bytes an element ("high") or 4.
+Memory  20 bytes a vector, 16 a tile, up to 32 MiB for per-vector sums; float32 takes 4 bytes an element.
 Accuracy  16- and 8-bit operands are exact; float32 is rounded to 11 bits once per element ("high", scaled by a power of
 two per vector, lengths of the rounded vectors) or kept in 22 ("highest"); float32 in a tile, float64 between tiles.
 Items whose mean |cos| is near the rounding floor are folded again in full: a second launch reads a mark on the device.
@@ -18,6 +18,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from orthofast.errors import BackendError
 from orthofast.kernels import reference, tiles
-from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, ROW_ABS, SQ_SUM, SUM, Request
+from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, SQ_SUM, SUM, Request
 from orthofast.kernels.triton_plan import Group, plan, shape_of
 from orthofast.records import GramStats
 from orthofast.views import BlockScaled
@@ -39,6 +41,7 @@ except ImportError as error:  # a CPU build of torch brings none
     _why_not = f"triton cannot be imported ({error}); a CUDA build of torch brings it"
 
 NAME = "triton_gpu"
+_NOTHING: Any = repeat(None)
 _interpreter = threading.Lock()  # it runs one kernel at a time
 
 
@@ -50,12 +53,12 @@ def supports(request: Request) -> str | None:
     """None for CUDA tensors from compute capability 8.0 on and AMD CDNA; for CPU tensors in Triton's interpreter."""
     if _why_not is not None:
         return _why_not
-    device = request.x.device
-    if device.type == "cpu" and _interprets():
+    x = request.x
+    if x.is_cuda:
+        return _device_reason(x.get_device())
+    if x.is_cpu and _interprets():
         return None
-    if device.type != "cuda":
-        return f"needs a CUDA tensor, got one on {device}; move it with .cuda()"
-    return _device_reason(device.index or 0)
+    return f"needs a CUDA tensor, got one on {x.device}; move it with .cuda()"
 
 
 @lru_cache(maxsize=64)
@@ -91,13 +94,14 @@ def gram_stats_many(requests: Sequence[Request]) -> list[GramStats]:
         BackendError: if the device has no memory left, or tables are missing during graph capture.
     """
     records: list[GramStats | None] = [None] * len(requests)
-    devices: dict[torch.device, list[int]] = {}
+    devices: dict[int, list[int]] = {}  # -1: the interpreter's
     for index, request in enumerate(requests):
         if request.precision == "float64":
             records[index] = reference.gram_stats(request)
         else:
-            devices.setdefault(request.x.device, []).append(index)
-    for device, indices in devices.items():
+            devices.setdefault(request.x.get_device(), []).append(index)
+    for indices in devices.values():
+        device = requests[indices[0]].x.device
         with _on(device):
             found = _fold([requests[i] for i in indices], device)
         for index, record in zip(indices, found, strict=True):
@@ -135,56 +139,45 @@ def _on(device: torch.device) -> Iterator[None]:
 
 def _fold(requests: Sequence[Request], device: torch.device) -> list[GramStats]:
     kind, processors = _device(device)
-    shapes = tuple([shape_of(request) for request in requests])
-    records = [_empty(request) if shape.x[0] == 0 else None for request, shape in zip(requests, shapes, strict=True)]
+    shapes = tuple(map(shape_of, requests))
+    records: list[GramStats | None] = [None] * len(requests)
     for group in plan(shapes, device, kind):
         made = triton_launch.launch(group, [requests[i] for i in group.requests], device, processors)
-        _wrap(group, requests, made, records)
-    return [record for record in records if record is not None]
+        _wrap(group, made, records)
+    # no group folds a request of no items
+    return [reference.gram_stats(requests[i]) if record is None else record for i, record in enumerate(records)]
 
 
-def _empty(request: Request) -> GramStats:
-    """The record of no items."""
-    return reference.gram_stats(request)
-
-
-def _wrap(
-    group: Group, requests: Sequence[Request], made: triton_launch.Results, records: list[GramStats | None]
-) -> None:
-    """Cut the results of a group into records; views, no copies."""
-    method = group.method
-    items = [shape.x[0] for shape in group.shapes]
-    pairs, zero, nonfinite = (made.counts[i].split(items) for i in range(3))
-    floor = made.sums[4].split(items) if method.decides else None
+def _wrap(group: Group, made: triton_launch.Results, records: list[GramStats | None]) -> None:
+    """Cut the results of a group into records; views, no copies, one call a field."""
+    method, items = group.method, group.items
     fields: dict[str, Sequence[Tensor]] = {}
+    for row, name in enumerate(("pairs", "zero", "nonfinite")):
+        fields[name] = _cut(made.counts[row], items)
     for row, (bit, name) in enumerate(((ABS_SUM, "abs_sum"), (SQ_SUM, "sq_sum"), (SUM, "sum"), (ABS_MAX, "abs_max"))):
         if method.want & bit:
-            fields[name] = made.sums[row].split(items)
+            fields[name] = _cut(made.sums[row], items)
+    if method.decides:
+        fields["floor"] = _cut(made.sums[4], items)
     if method.want & ABS_MAX:
-        fields["argmax"] = made.counts[3:5].T.split(items)
+        fields["argmax"] = _cut(made.counts[3:5].T, items)
     if method.want & HIST and made.hist is not None:
-        fields["hist"] = made.hist.split(items)
-    sizes = [size for shape in group.shapes for size in _vector_counts(shape.x, shape.y)]
-    norms = made.norm_sq.split(sizes)
-    rows = made.row_abs.split(sizes) if method.want & ROW_ABS and made.row_abs is not None else None
-    step = 2 if method.cross else 1
-    for place, (index, shape) in enumerate(zip(group.requests, group.shapes, strict=True)):
-        record = GramStats(
-            pairs=pairs[place],
-            zero=zero[place],
-            nonfinite=nonfinite[place],
-            norm_sq=norms[step * place].view(shape.x[:2]),
-            row_abs=None if rows is None else rows[step * place].view(shape.x[:2]),
-            floor=None if floor is None else floor[place],
-            cross=method.cross,
-        )
-        for name, parts in fields.items():
-            setattr(record, name, parts[place])
-        if shape.y is not None:
-            record.norm_sq_y = norms[step * place + 1].view(shape.y[:2])
-            record.row_abs_y = None if rows is None else rows[step * place + 1].view(shape.y[:2])
+        fields["hist"] = _cut(made.hist, items)
+    for name, whole in (("norm_sq", made.norm_sq), ("row_abs", made.row_abs)):
+        if whole is None:
+            continue
+        parts = list(_cut(whole.unsqueeze(0), group.vector_counts, 1))  # (1, n) each
+        for place, b, n in group.batched:
+            parts[place] = parts[place].view(b, n)
+        fields[name] = parts[::2] if method.cross else parts
+        if method.cross:
+            fields[name + "_y"] = parts[1::2]
+    columns = [fields.get(name, _NOTHING) for name in GramStats.__slots__[:-1]]
+    for index, record in zip(group.requests, map(GramStats, *columns, repeat(method.cross)), strict=False):
         records[index] = record
 
 
-def _vector_counts(x: tuple[int, ...], y: tuple[int, ...] | None) -> tuple[int, ...]:
-    return (x[0] * x[1],) if y is None else (x[0] * x[1], y[0] * y[1])
+def _cut(whole: Tensor, sizes: list[int], dim: int = 0) -> Sequence[Tensor]:
+    # "unsafe": each view may be written to, as a tensor of its own
+    parts: Sequence[Tensor] = torch.unsafe_split_with_sizes(whole, sizes, dim)
+    return parts

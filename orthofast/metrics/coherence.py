@@ -73,7 +73,9 @@ def pii(
         vectors: "rows", "cols", "heads", "filters" or "center_tap", see :func:`orthofast.views.as_vectors`.
         heads: number of equal blocks of rows, with vectors="heads" only.
         sample: estimate from about this many random pairs; an int, or a :class:`orthofast.kernels.Sample` with a seed.
-        precision: "auto", "highest" (exact operands), "high" (float32 rounded to bfloat16, faster) or "float64".
+        precision: "highest" (exact operands), "high" (float32 rounded to 16 bits, faster), "float64", or "auto":
+            "highest", but "high" for float32 on CUDA. There "high" is one fp16 pass, each vector scaled by a power of
+            two; items whose mean is near the rounding floor (``floor``) are folded again with full operands.
         backend: obeyed or refused; None takes the fastest that can serve.
 
     Returns:
