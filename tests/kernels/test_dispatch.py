@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from orthofast.errors import BackendError
+from orthofast.errors import BackendError, InputError
 from orthofast.kernels import dispatch, gram_stats, gram_stats_many
-from orthofast.kernels.contract import Request, make_request
+from orthofast.kernels.contract import Request, make_request, make_requests
 from orthofast.records import GramStats
 from tests.conftest import REQUIRED
 from tests.kernels.cases import ALL, DTYPES, SHORT, gaussian
@@ -213,3 +213,29 @@ def test_backends_that_are_owed_serve_every_dtype_and_field(name: str, dtype: to
         for precision in ("auto", "high", "float64"):
             request = make_request(X.to(dtype), y, want=ALL, bins=4, precision=precision)
             assert dispatch.load(name).supports(request) is None
+
+
+@pytest.mark.parametrize("precision", ["auto", "high", "highest", "float64"])
+def test_many_requests_are_checked_as_each_alone(precision: str) -> None:
+    xs = [X.to(dtype) for dtype in DTYPES] + [X.unsqueeze(0), X.T.requires_grad_()]
+    options: dict[str, Any] = {"normalize": True, "want": ("abs_sum", "row_abs"), "bins": 4, "precision": precision}
+    for x, made in zip(xs, make_requests(xs, **options), strict=True):
+        alone = make_request(x, **options)
+        assert (made.want, made.bins, made.normalize, made.precision) == (
+            alone.want,
+            alone.bins,
+            alone.normalize,
+            alone.precision,
+        )
+        assert (made.x.shape, made.x.stride(), made.x.data_ptr()) == (
+            alone.x.shape,
+            alone.x.stride(),
+            alone.x.data_ptr(),
+        )
+        assert made.y is None
+        assert not made.x.requires_grad
+    for wrong in ({"bins": -1}, {"want": "mean"}, {"precision": "low"}):
+        with pytest.raises(InputError):
+            make_requests(xs, **{**options, **wrong})
+    with pytest.raises(InputError, match="floating-point dtype"):
+        make_requests([*xs, torch.ones(3, 3, dtype=torch.int32)], **options)
