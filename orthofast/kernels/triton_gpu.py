@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from orthofast.errors import BackendError
-from orthofast.kernels import reference, tiles
+from orthofast.kernels import gradients, reference, tiles
 from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, SQ_SUM, SUM, Request
+from orthofast.kernels.gradients import ABS, Curve, PairGradient
 from orthofast.kernels.triton_plan import Group, plan, shape_of
 from orthofast.records import GramStats
 from orthofast.views import BlockScaled
@@ -36,7 +37,7 @@ _why_not: str | None = None
 try:
     import triton
 
-    from orthofast.kernels import triton_block_scaled, triton_launch
+    from orthofast.kernels import triton_block_scaled, triton_gradient, triton_launch
 except ImportError as error:  # a CPU build of torch brings none
     _why_not = f"triton cannot be imported ({error}); a CUDA build of torch brings it"
 
@@ -107,6 +108,17 @@ def gram_stats_many(requests: Sequence[Request]) -> list[GramStats]:
         for index, record in zip(indices, found, strict=True):
             records[index] = record
     return [record for record in records if record is not None]
+
+
+def abs_gradient(request: Request, curve: Curve = ABS, *, gradient: bool = True) -> PairGradient:
+    """Sum a curve of the cosines with its gradient, on the tensor cores where those can be right."""
+    if triton_gradient.problem(request, curve) is not None:
+        return gradients.abs_gradient(request, curve, gradient=gradient)
+    device = request.x.device
+    with _on(device):
+        kind, processors = _device(device)
+        tile = triton_gradient.tile_for(kind, triton_gradient.parts_of(request))
+        return triton_gradient.abs_gradient(request, tile, processors, curve, gradient=gradient)
 
 
 def block_scaled_problem(x: BlockScaled, y: BlockScaled | None, request: Request) -> str | None:

@@ -126,6 +126,22 @@ def test_zero_vectors_get_zero_and_bad_items_nan(panels: str) -> None:
     assert_right(x[:1], y[:1])
 
 
+def test_slopes_are_signs_with_an_empty_diagonal(panels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The diagonal drops out of the gradient; left there, its rounding would not."""
+    x, held = torch.randn(1, 65, 20), []
+    product = triton_gradient._product
+
+    def watched(slopes: Tensor, halves: list[Tensor]) -> Tensor:
+        held.append(slopes.clone())
+        return product(slopes, halves)
+
+    monkeypatch.setattr(triton_gradient, "_product", watched)
+    made_of(x)
+    assert len(held) == (1 if panels == "whole" else 3)
+    cosines = x[0].double() @ x[0].double().T
+    assert torch.equal(torch.cat(held, 1)[0].double(), cosines.sign().fill_diagonal_(0))
+
+
 def test_orthogonal_vectors_have_no_gradient() -> None:
     found = made_of(torch.eye(40).unsqueeze(0))
     assert found.dx is not None
