@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,20 +78,28 @@ def check(context: Context) -> None:
         elif (os.cpu_count() or 1) >= 8 and _has("xdist"):
             command += ["-n", "6"]  # most of the time is spent compiling
         started = time.perf_counter()
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=context.allowance_s,
-                check=False,
-            )  # fmt: skip
-            code, tail = done.returncode, (done.stdout + done.stderr)[-4000:]
-        except subprocess.TimeoutExpired as error:
-            code, tail = -1, f"stopped after {context.allowance_s:.0f} s; {_text(error.stdout)[-2000:]}"
+        code, output = _run_whole(command, environment, context.allowance_s)
         lines = report.read_text().splitlines() if report.exists() else []
     for line in lines:
         context.journal.row("checks", json.loads(line))
     context.journal.row(
-        "check_runs", {"exit_code": code, "wall_s": time.perf_counter() - started, "tail": tail if code else ""}
+        "check_runs",
+        {"exit_code": code, "wall_s": time.perf_counter() - started, "tail": output[-4000:] if code else ""},
     )
+
+
+def _run_whole(command: list[str], environment: dict[str, str], allowance_s: float) -> tuple[int, str]:
+    """Exit code, -1 when its time was over, and output. It ends with all it started: none may disturb later blocks."""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output = process.communicate(timeout=allowance_s)[0]
+            return process.returncode, output
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return -1, f"{process.communicate()[0]}\nstopped after {allowance_s:.0f} s"
 
 
 def speed(context: Context) -> None:
@@ -195,10 +204,6 @@ def _has(package: str) -> bool:
     from importlib.util import find_spec
 
     return find_spec(package) is not None
-
-
-def _text(output: str | bytes | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 def all_blocks() -> Mapping[str, tuple[float, Callable[[Context], None]]]:

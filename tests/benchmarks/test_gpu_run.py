@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -340,3 +341,14 @@ def test_the_script_writes_its_files_and_ends_with_the_table(tmp_path):
     assert data["dry"] is True
     assert set(SECTIONS) <= set(data)
     assert (tmp_path / "gpu_run.log").read_text() == done.stdout
+
+
+def test_a_command_out_of_time_takes_along_what_it_started(tmp_path):
+    late = tmp_path / "late"
+    child = f"import pathlib, time; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
+    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    code, output = gpu_blocks._run_whole([sys.executable, "-c", parent], dict(os.environ), 1.5)
+    assert code == -1
+    assert output.startswith("begun")
+    time.sleep(2.5)
+    assert not late.exists()
