@@ -37,7 +37,7 @@ FORMATS = {
 }  # numbers of triton_access
 ALWAYS, IF_MARKED, IF_UNMARKED = 0, 1, 2
 MOST_BINS_IN_SHARED = 2047
-KEPT_TABLES = 8  # sets of addresses a group remembers
+KEPT_TABLES, KEPT_BYTES = 64, 32 << 20  # sets of addresses a group remembers: so many, within so much memory
 NO_MAPS: tuple[Any, Any, Any, Any] = (None, None, None, None)
 _captured: list[Any] = []  # a graph reads these for as long as it lives
 
@@ -149,7 +149,8 @@ def _on_device(group: Group, tensors: Sequence[Tensor], device: torch.device) ->
             group.static_copied = _recorded(on_gpu)
         elif on_gpu:
             torch.cuda.current_stream().wait_event(group.static_copied)  # another stream may have copied it
-        if len(group.placed) >= KEPT_TABLES:
+        fitting = KEPT_BYTES // max(1, group.sides.nbytes + group.problems.nbytes)
+        if len(group.placed) >= max(1, min(KEPT_TABLES, fitting)):
             group.placed.pop(next(iter(group.placed)), None)
         table = _copied(torch.from_numpy(tables(group, where)), device)
         known = group.placed[where] = (table, _recorded(on_gpu))
