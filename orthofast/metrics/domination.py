@@ -58,7 +58,10 @@ def starting_vector(d: int, device: torch.device) -> Tensor:
     """(d,) float32 of length 1: seeded noise, the same on every device and rank; no global generator is used."""
     noise = torch.randn(d, generator=torch.Generator("cpu").manual_seed(d), dtype=torch.float32, device="cpu")
     length: Tensor = noise.norm()
-    return (noise / length).to(device)
+    unit = noise / length
+    if device.type == "cuda":  # from pinned memory the copy makes nobody wait
+        return unit.pin_memory().to(device, non_blocking=True)
+    return unit.to(device)
 
 
 def largest_singular_values(matrices: Sequence[Tensor], starts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
