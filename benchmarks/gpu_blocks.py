@@ -71,7 +71,7 @@ def check(context: Context) -> None:
             # warnings of another version of torch are no failures of ours
             *("-W", "default", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"),
         ]
-        environment = {**os.environ, "ORTHOFAST_GPU_OUTCOMES": str(report)}
+        environment = {"ORTHOFAST_SANITIZER_S": "60", **os.environ, "ORTHOFAST_GPU_OUTCOMES": str(report)}
         if context.dry:
             environment[REHEARSAL] = "1"
             command += ["-k", DRY_TESTS]

@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     case = Case(n, d, dtype)
     contestant = next((c for c in field() if c.name == name), None)
     if contestant is None:
-        raise SystemExit(f"contestant needs one of {', '.join(c.name for c in field())}, got {name!r}")
+        raise SystemExit(f"no contestant {name!r}; there are {', '.join(c.name for c in field())}")
     reason = contestant.refuses(case)
     if reason is not None:
         print(json.dumps({"status": "left out", "reason": reason}))

@@ -36,6 +36,7 @@ from orthofast.views import BlockScaled
 _why_not: str | None = None
 try:
     import triton
+    from triton.runtime.errors import OutOfResources
 
     from orthofast.kernels import triton_block_scaled, triton_gradient, triton_launch
 except ImportError as error:  # a CPU build of torch brings none
@@ -147,6 +148,8 @@ def _on(device: torch.device) -> Iterator[None]:
         raise BackendError(
             f"{NAME} found no memory on {device} ({free} MiB free); free some, or pass fewer matrices at a time"
         ) from error
+    except OutOfResources as error:  # of one processor, when a kernel is loaded
+        raise BackendError(f"{NAME} needs more {error.name} than {device} has; pass backend='reference'") from error
 
 
 def _fold(requests: Sequence[Request], device: torch.device) -> list[GramStats]:

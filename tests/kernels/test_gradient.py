@@ -136,12 +136,13 @@ def test_gradcheck_away_from_the_kink(mean: Mean, case: Case, curve: Curve) -> N
 
 @pytest.mark.parametrize("cross", [False, True], ids=["within", "cross"])
 def test_gradcheck_of_a_sample(mean: Mean, cross: bool) -> None:
-    sides = [leaf(gaussian((2, n, 4), n, torch.float64)) for n in ((90, 50) if cross else (90,))]
+    sides = [leaf(gaussian((2, n, 4), n, torch.float64)) for n in ((40, 24) if cross else (40,))]
 
     def sampled(*sides: Tensor) -> Tensor:
         return mean(sides[0], *sides[1:], sample=Sample(600, 3))
 
-    assert torch.autograd.gradcheck(sampled, sides)
+    # along random directions: one by one, hundreds of elements take a minute
+    assert torch.autograd.gradcheck(sampled, sides, fast_mode=True)
 
 
 def test_a_sample_of_all_pairs_is_the_whole(mean: Mean) -> None:

