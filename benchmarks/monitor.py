@@ -208,10 +208,14 @@ def _wandb() -> Any:
     return wandb
 
 
-def race(model: str, steps: int, block: int) -> dict[str, Any]:
-    """All contestants on one model, ``steps`` steps each."""
+def race(model: str, steps: int, block: int, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """All contestants on one model, or those named and bare training, ``steps`` steps each."""
     with tempfile.TemporaryDirectory() as folder:
-        runners = {runner.name: runner for runner in contestants(MODELS[model], Path(folder))}
+        runners = {
+            runner.name: runner
+            for runner in contestants(MODELS[model], Path(folder))
+            if only is None or runner.name in (BARE, *only)
+        }
         try:
             for runner in runners.values():
                 runner.run(WARM_STEPS)
@@ -304,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--block", type=int, default=BLOCK, help=f"steps of a round (default {BLOCK})")
     made.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     made.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
+    made.add_argument("--only", action="append", metavar="CONTESTANT", help="beside bare training; may be repeated")
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
     data: dict[str, Any] = {
@@ -316,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     passed = True
     for name in options.model or list(MODELS):
-        found = {**race(name, options.steps, options.block), "own": own_share(name)}
+        found = {**race(name, options.steps, options.block, options.only), "own": own_share(name)}
         data["models"].append(found)
         print(report(found), flush=True)
         ours = found["contestants"][OURS]
