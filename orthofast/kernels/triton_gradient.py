@@ -4,12 +4,14 @@
 First   tiles of cosines from the fixed work list: the curve summed, one float32 partial a tile, joined in float64 in
         the order of the list; its derivative f'(c) written as float16, with its mirror, into the slopes S (n, n).
 Second  G = S U by the library, float32 sums, for unit vectors u_i; then (G_i - (G_i . u_i) u_i) / |w_i|.
-Work  1.5 b*n*n*d multiply-adds, 2 b*n*n*d where S comes in panels of rows (2 and 3 times b*n*m*d... between two sets).
-Memory  S or a panel of it, up to SLOPE_BYTES; operands of 2 bytes an element (4 for float32); the items at hand once in
-float32, once or twice in float16, and their gradients. No atomics, no synchronisation.
-Accuracy  operands of the first products are those of triton_parts: exact from 16 and 8 bits, 22 bits of float32.
-The slopes of |c| are exact. Unit vectors of the second are rounded to float16, 11 bits, which 16-bit weights cannot
-tell; those of float32 are kept in two parts, 22 bits.
+
+Work  1.5 b*n*n*d multiply-adds, 2 b*n*n*d where S comes in panels of rows; 3 b*n*m*d between two sets.
+Memory  S or a panel of it, up to SLOPE_BYTES; operands of 2 bytes an element (4 for float32), as much again for the
+unit vectors at hand, the gradients and one panel of them. No atomics, no synchronisation; under graph capture call once
+on these shapes before capturing.
+Accuracy  operands of the first products are those of triton_parts: exact from 16 and 8 bits, 22 bits of float32. The
+slopes of |c| are exact. Unit vectors of the second are rounded to float16, 11 bits, which 16-bit weights cannot tell;
+those of float32 are kept in two parts, 22 bits, at three and two products for one.
 Refuses  float64, AMD, curves whose slopes float16 would round for float32 vectors.
 """
 
@@ -32,12 +34,14 @@ from orthofast.kernels.tiles import Tile
 from orthofast.kernels.triton_parts import NONFINITE, ZERO, added, cosines_of, prepared
 
 SLOPE_BYTES = 256 << 20  # of slopes held at a time: all pairs of 11585 vectors
+STEP_ELEMENTS = 16 << 20  # of elementwise work at a time: 64 MiB of float32
 UNIT_SCALE = 256.0  # keeps small entries of unit vectors in the normal range of float16
 # square tiles: a mirror is a tile of the same grid. 227 KiB of shared memory, and 99 or more
 WIDE = {1: Tile(128, 128, 64, 8, 4), 2: Tile(128, 128, 64, 8, 3)}
 NARROW = {1: Tile(128, 128, 32, 8, 3), 2: Tile(64, 64, 32, 8, 2, 2)}
 INTERPRETED = Tile(32, 32, 32, 4, 1)
 KINDS = {"abs": 0, "huber": 1, "sqrt": 2}
+_captured: list[Tensor] = []  # a graph reads these for as long as it lives
 SMOOTH_SMALL, SMOOTH_ROOT = tl.constexpr(1), tl.constexpr(2)
 
 
@@ -106,6 +110,7 @@ def derive(
         c = cosines_of(c, factors_x + item * n, factors_y + item * m, i, j, n, m)
         there = (i < n)[:, None] & (j < m)[None, :]
         if not CROSS:
+            # the diagonal's part is along u_i and drops out, but its rounding would stay
             there = there & (i[:, None] != j[None, :])
         c = tl.where(there, c, 0.0)  # a select, for what lies outside may be NaN
         value, slope = bent(c, bend, KIND)
@@ -133,7 +138,7 @@ def problem(request: Request, curve: Curve) -> str | None:
         return "the library has no product of float16 with float32 result on AMD"
     if curve.kind not in KINDS:
         return f"the kernel has no curve {curve.kind!r}"
-    if curve.kind != "abs" and request.x.dtype == torch.float32:
+    if curve.kind != "abs" and parts_of(request) == 2:
         return f"slopes of {curve.kind!r} would be rounded to float16"
     return None
 
@@ -149,20 +154,42 @@ class _Side:
     marks: Tensor  # (b, n) int32
     parts: int
 
-    def units(self, items: slice) -> Tensor:
-        """Unit vectors, (items, n, width) float32."""
-        made = self.high[items].float()
+    def units(self, rows: slice) -> Tensor:
+        """Unit vectors (rows, width) float32, of all items one after another."""
+        made = self.high.flatten(0, 1)[rows].float()
         if self.parts == 2:
-            made += self.low[items]
-        return made.mul_(self.factors[items].unsqueeze(2))
+            made += self.low.flatten(0, 1)[rows]
+        return made.mul_(self.factors.view(-1, 1)[rows])
 
-    def finish(self, items: slice, units: Tensor, sums: Tensor, out: Tensor) -> None:
-        """From gradients by the unit vectors, times UNIT_SCALE, to gradients by the vectors."""
-        sums.mul_(1 / UNIT_SCALE)
-        radial = (sums * units).sum(2, keepdim=True)
-        # two factors: their product, 1 / length, may overflow where its use does not
-        sums.addcmul_(units, radial, value=-1).mul_(self.factors[items].unsqueeze(2))
-        torch.mul(sums[..., : out.shape[2]], self.scale[items].unsqueeze(2), out=out[items])
+    def halves(self, items: slice, d: int) -> list[Tensor]:
+        """Unit vectors times UNIT_SCALE in float16 parts, (items, n, d) each."""
+        _, n, width = self.high.shape
+        shape = (items.stop - items.start, n, width)
+        made = [torch.empty(shape, dtype=torch.float16, device=self.high.device) for _ in range(self.parts)]
+        for rows in _steps(shape[0] * n, width):
+            scaled = self.units(slice(items.start * n + rows.start, items.start * n + rows.stop)).mul_(UNIT_SCALE)
+            high = made[0].flatten(0, 1)[rows]
+            high.copy_(scaled)
+            if self.parts == 2:
+                made[1].flatten(0, 1)[rows] = scaled.sub_(high)
+        return [half[..., :d] for half in made]
+
+    def finish(self, items: slice, sums: Tensor) -> None:
+        """From gradients by the unit vectors, times UNIT_SCALE, to gradients by the vectors; (b, n, d), in place."""
+        _, n, d = sums.shape
+        for rows in _steps((items.stop - items.start) * n, d):
+            here = slice(items.start * n + rows.start, items.start * n + rows.stop)
+            units, out = self.units(here)[:, :d], sums.flatten(0, 1)[here]
+            out.mul_(1 / UNIT_SCALE)
+            radial = (out * units).sum(1, keepdim=True)
+            out.addcmul_(units, radial, value=-1)
+            for part in (self.factors, self.scale):  # their product, 1 / length, may overflow where its use does not
+                out.mul_(part.view(-1, 1)[here])
+
+
+def _steps(rows: int, width: int) -> list[slice]:
+    step = max(1, STEP_ELEMENTS // width)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def abs_gradient(
@@ -189,7 +216,7 @@ def abs_gradient(
         dy = None if y is None or not gradient else torch.zeros(y.shape, dtype=torch.float32, device=device)
         m = right.high.shape[1]
         if b and n and m and d:
-            for items in _chunks(b, n, m, tile):
+            for items in _chunks(b, n, m):
                 total[items] = _chunk(items, left, right, tile, processors, curve, dx, dy)
         kept = (left.marks & ZERO == 0).sum(1)
         bad = (left.marks & NONFINITE).sum(1) > 0
@@ -224,14 +251,15 @@ def _side(x: Tensor, parts: int, tile: Tile) -> _Side:
     else:
         largest = torch.zeros(x.shape[:2], device=x.device)
     power = (9 - torch.frexp(largest).exponent).clamp_(-126, 126)  # as scale_power of the kernels
-    return _Side(high, low, factors, torch.ldexp(torch.ones_like(factors), power), marks, parts)
+    scale = ((power + 127) << 23).view(torch.float32)  # by its bits: a library's power may round
+    return _Side(high, low, factors, scale, marks, parts)
 
 
 def _stride(m: int) -> int:
     return -(-m // 16) * 16
 
 
-def _chunks(b: int, n: int, m: int, tile: Tile) -> list[slice]:
+def _chunks(b: int, n: int, m: int) -> list[slice]:
     """Items whose slopes fit together; single ones where one item's do not."""
     together = max(1, SLOPE_BYTES // (2 * n * _stride(m)))
     return [slice(start, min(start + together, b)) for start in range(0, b, together)]
@@ -256,12 +284,8 @@ def _chunk(
         height = min(n, max(1, SLOPE_BYTES // (2 * stride * tile.block_m)) * tile.block_m)
     mirror = not cross and height == n
     slopes = torch.empty(count if dx is not None else 0, height, stride, dtype=torch.float16, device=device)
-    if dx is not None:
-        units = left.units(items)
-        own = _halves(units, left.parts)
-        others = _halves(right.units(items), right.parts) if cross else own
-        sums = torch.empty(count, n, units.shape[2], dtype=torch.float32, device=device)
-        sums_y: Tensor | None = None
+    own = [] if dx is None or (cross and dy is None) else left.halves(items, dx.shape[2])
+    others = own if dx is None or not cross else right.halves(items, dx.shape[2])
     total = torch.zeros(count, dtype=torch.float64, device=device)
     for start in range(0, n, height):
         rows = min(height, n - start)
@@ -286,22 +310,13 @@ def _chunk(
         if dx is None:
             continue
         panel = slopes.view(-1)[: count * rows * stride].view(count, rows, stride)[..., :m]
-        sums[:, start : start + rows] = _product(panel, others)
+        dx[items, start : start + rows] = _product(panel, others)
         if dy is not None:
-            part = _product(panel.mT, [half[:, start : start + rows] for half in own])
-            sums_y = part if sums_y is None else sums_y.add_(part)
-    if dx is not None:
-        left.finish(items, units, sums, dx)
-        if dy is not None and sums_y is not None:
-            right.finish(items, right.units(items), sums_y, dy)
+            dy[items].add_(_product(panel.mT, [half[:, start : start + rows] for half in own]))
+    for side, made in ((left, dx), (right, dy)):
+        if made is not None:
+            side.finish(items, made)
     return total
-
-
-def _halves(units: Tensor, parts: int) -> list[Tensor]:
-    """Unit vectors times UNIT_SCALE, in so many float16 parts."""
-    scaled = units * UNIT_SCALE
-    high = scaled.to(torch.float16)
-    return [high] if parts == 1 else [high, (scaled - high).to(torch.float16)]
 
 
 def _product(slopes: Tensor, halves: list[Tensor]) -> Tensor:
@@ -315,9 +330,20 @@ def _product(slopes: Tensor, halves: list[Tensor]) -> Tensor:
     return made[0] if len(made) == 1 else made[0].add_(made[1])
 
 
-@lru_cache(maxsize=64)
 def _work(rows: int, m: int, items: int, triangle: bool, tile: Tile, device: torch.device) -> Tensor:
-    """Tiles of each item on the device, (entries, 2) int32; kept for shapes that come again."""
+    """Tiles of each item on the device, (entries, 2) int32, kept until the device is done with it."""
+    work = _listed(rows, m, items, triangle, tile, device)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(work)
+        else:
+            work.record_stream(torch.cuda.current_stream())
+    return work
+
+
+@lru_cache(maxsize=64)
+def _listed(rows: int, m: int, items: int, triangle: bool, tile: Tile, device: torch.device) -> Tensor:
+    """The same, for shapes that come again."""
     packed = tiles_of(rows, m, tile.block_m, tile.block_n)
     if triangle:  # with the diagonal's last tile, which holds no pair but must be written
         packed = packed[packed >> 16 >= packed & 0xFFFF]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthofast.kernels import mean_abs_cosine, triton_gpu, triton_gradient
+from orthofast.kernels import mean_abs_cosine, tiles, triton_gpu, triton_gradient
 from orthofast.kernels.contract import make_request
 from orthofast.kernels.gradients import ABS, Curve, PairGradient
 from tests import oracle
@@ -89,7 +89,7 @@ def test_smooth_curves_of_16_bits(curve: Curve, panels: str) -> None:
 
 
 def test_strides_and_lengths_of_any_size(panels: str) -> None:
-    x = torch.randn(3, 40, 24)
+    x = torch.randn(1, 40, 24)
     expected = made_of(x)
     for other, factor in (
         (x.mT.contiguous().mT, 1.0),
@@ -142,6 +142,19 @@ def test_slopes_are_signs_with_an_empty_diagonal(panels: str, monkeypatch: pytes
     assert torch.equal(torch.cat(held, 1)[0].double(), cosines.sign().fill_diagonal_(0))
 
 
+def test_elementwise_work_in_steps_moves_no_bit(panels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(2, 33, 20), torch.randn(2, 40, 20)
+    expected = made_of(x, y)
+    monkeypatch.setattr(triton_gradient, "STEP_ELEMENTS", 32 * 7)
+    found = made_of(x, y)
+    assert expected.dx is not None
+    assert expected.dy is not None
+    assert found.dx is not None
+    assert found.dy is not None
+    assert torch.equal(found.dx, expected.dx)
+    assert torch.equal(found.dy, expected.dy)
+
+
 def test_orthogonal_vectors_have_no_gradient() -> None:
     found = made_of(torch.eye(40).unsqueeze(0))
     assert found.dx is not None
@@ -161,7 +174,7 @@ def test_nothing_to_sum(shape: tuple[int, int, int]) -> None:
 def test_the_bits_do_not_depend_on_how_many_programs_share_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 100, 20)
     first = made_of(x)
-    monkeypatch.setattr(triton_gradient.tiles, "programs", lambda tile, entries, processors: entries)
+    monkeypatch.setattr(tiles, "programs", lambda tile, entries, processors: entries)
     again = made_of(x)
     assert torch.equal(first.total, again.total)
     assert first.dx is not None
