@@ -1,11 +1,13 @@
 // The CPU driver of gradients: rounds of block pairs in which no block comes twice, so that each is added to in one order.
 //
-// A tournament: within a round threads work on different lines of the gradient, and rounds follow one another; the bits
-// do not depend on the threads.  Extra memory  one sum a task of a round, one workspace (about 1.2 MiB) a thread.
+// A tournament: within a round threads work on different lines of the gradient, and a task of a later round begins when
+// its own two blocks are free. Each block is added to in the order of the list, so the bits do not depend on the threads.
+// Extra memory  one sum a task at hand, one counter a block, one workspace (about 1.2 MiB) a thread.
 #include "../core/pair_gradient.h"
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 #include <vector>
 
 #include "isa.h"
@@ -17,10 +19,17 @@ namespace {
 constexpr double kFlopWorthAThread = 2e6;  // as in gram_stats_cpu.cpp
 constexpr int64_t kVectorsAtOnce = 64;     // finished at a time
 constexpr int64_t kGrain = 48;             // a block is a multiple of every panel
-constexpr int64_t kTasksAtOnce = 4096;     // of many small items
+constexpr int64_t kTasksAtOnce = 4096;     // listed at a time
 
 struct Pairing {
   int64_t item, row, col;
+};
+
+// A pairing and how often each of its two blocks comes before it in the list.
+struct Listed {
+  Pairing at;
+  int64_t left, right;  // counters of the two blocks; the same one where a block meets itself
+  int32_t left_turn, right_turn;
 };
 
 // Blocks of one side, all of `size` vectors but the last.
@@ -88,23 +97,63 @@ GradientTask task_of(const GradientArgs& args, const Pairing& at, const Cut& lef
   return task;
 }
 
-// Runs these tasks, no two of which share a block, and adds their sums to their items in order.
-void run_tasks(const GradientArgs& args, const GradientTable& table, const Cut& left, const Cut& right,
-               const std::vector<Pairing>& tasks, int threads) {
-  std::vector<double> sums(tasks.size());
-  std::atomic<bool> starved{false};
-  run_team(threads, static_cast<int64_t>(tasks.size()), [&](int64_t t) {
-    char* workspace = scratch_of_this_thread().get(table.workspace_bytes);
-    if (workspace == nullptr) {
-      starved = true;
-      return;
+// Tasks in the order in which they add to the blocks they share.
+class TaskList {
+ public:
+  TaskList(int64_t blocks) : turns_(static_cast<size_t>(blocks)), done_(static_cast<size_t>(blocks)) {}
+
+  int64_t size() const { return static_cast<int64_t>(tasks_.size()); }
+
+  void add(const Pairing& at, int64_t left, int64_t right) {
+    tasks_.push_back({at, left, right, turns_[static_cast<size_t>(left)], turns_[static_cast<size_t>(right)]});
+    ++turns_[static_cast<size_t>(left)];
+    if (right != left) ++turns_[static_cast<size_t>(right)];
+  }
+
+  // Runs and forgets the tasks, and adds their sums to their items in order. A task waits for earlier ones alone, and
+  // these are drawn before it: whoever is waited for is at work.
+  void run(const GradientArgs& args, const GradientTable& table, const Cut& left, const Cut& right, int threads) {
+    std::vector<double> sums(tasks_.size());
+    std::atomic<bool> starved{false};
+    run_team(threads, size(), [&](int64_t t) {
+      const Listed& listed = tasks_[static_cast<size_t>(t)];
+      auto& left_done = done_[static_cast<size_t>(listed.left)].count;
+      auto& right_done = done_[static_cast<size_t>(listed.right)].count;
+      while (left_done.load(std::memory_order_acquire) != listed.left_turn ||
+             right_done.load(std::memory_order_acquire) != listed.right_turn) {
+        std::this_thread::yield();
+      }
+      char* workspace = scratch_of_this_thread().get(table.workspace_bytes);
+      if (workspace == nullptr) {
+        starved = true;
+      } else {
+        const GradientTask task = task_of(args, listed.at, left, right);
+        sums[static_cast<size_t>(t)] = (args.wide ? table.block_f64 : table.block_f32)(task, workspace);
+      }
+      left_done.store(listed.left_turn + 1, std::memory_order_release);
+      right_done.store(listed.right_turn + 1, std::memory_order_release);
+    });
+    for (size_t t = 0; t < tasks_.size(); ++t) {
+      const Listed& listed = tasks_[t];
+      args.totals[listed.at.item] += sums[t];
+      for (const int64_t block : {listed.left, listed.right}) {
+        turns_[static_cast<size_t>(block)] = 0;
+        done_[static_cast<size_t>(block)].count = 0;
+      }
     }
-    const GradientTask task = task_of(args, tasks[static_cast<size_t>(t)], left, right);
-    sums[static_cast<size_t>(t)] = (args.wide ? table.block_f64 : table.block_f32)(task, workspace);
-  });
-  if (starved) throw std::bad_alloc();
-  for (size_t t = 0; t < tasks.size(); ++t) args.totals[tasks[t].item] += sums[t];
-}
+    tasks_.clear();
+    if (starved) throw std::bad_alloc();
+  }
+
+ private:
+  struct Counter {
+    std::atomic<int32_t> count{0};
+  };
+
+  std::vector<Listed> tasks_;
+  std::vector<int32_t> turns_;  // of each block: its tasks in the list so far
+  std::vector<Counter> done_;   // of these, those that have run
+};
 
 void finish(const GradientArgs& args, const Units& side, const GradientTable& table, int threads) {
   if (side.gradient == nullptr) return;
@@ -126,21 +175,21 @@ void pair_gradient_cpu(const GradientArgs& args, int threads) {
   const double flop = 3.0 * static_cast<double>(args.b * left.n * args.d) * static_cast<double>(args.cross ? 2 * right.n : left.n);
   if (flop < kFlopWorthAThread * threads) threads = 1 + static_cast<int>(flop / kFlopWorthAThread);
   const int64_t rounds = args.cross ? std::max(left.count, right.count) : left.count;
-  std::vector<Pairing> tasks;
+  TaskList tasks(args.b * (left.count + (args.cross ? right.count : 0)));
   for (int64_t r = 0; r < rounds; ++r) {
     for (int64_t item = 0; item < args.b; ++item) {
-      const auto add = [&](int64_t row, int64_t col) { tasks.push_back({item, row, col}); };
+      const int64_t first = item * left.count;
+      const int64_t first_right = args.cross ? args.b * left.count + item * right.count : first;
+      const auto add = [&](int64_t row, int64_t col) { tasks.add({item, row, col}, first + row, first_right + col); };
       if (args.cross) {
         pairs_between(left.count, right.count, r, add);
       } else {
         pairs_within(left.count, r, add);
       }
-      if (static_cast<int64_t>(tasks.size()) >= kTasksAtOnce || item + 1 == args.b) {
-        run_tasks(args, table, left, right, tasks, threads);
-        tasks.clear();
-      }
+      if (tasks.size() >= kTasksAtOnce) tasks.run(args, table, left, right, threads);
     }
   }
+  tasks.run(args, table, left, right, threads);
   finish(args, args.x, table, threads);
   if (args.cross) finish(args, args.y, table, threads);
 }
