@@ -100,6 +100,7 @@ def _serve(rank: int, ranks: int, store: str, rounds: int, out: str) -> None:
     rows = [race(n, d, gradient, rounds) for gradient in (False, True) for n, d in SHAPES]
     if rank == 0:
         Path(out).write_text(json.dumps(rows), encoding="utf-8")
+    dist.barrier()  # a rank that leaves early breaks off what another still receives
     dist.destroy_process_group()
 
 
