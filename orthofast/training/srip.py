@@ -99,4 +99,4 @@ class SRIP(OrthogonalityPenalty):
 
 
 def _refuse(x: Tensor) -> NoReturn:
-    raise NotImplementedError("SRIP keeps a vector per layer, which this call has not")
+    raise InputError("SRIP keeps a vector per layer; call the module itself")
