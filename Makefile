@@ -8,7 +8,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BUILD := build
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 # tools of .venv serve where the system has none
 export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
 HAS_NATIVE := import importlib.util as u; print("native_cpu,numba_cpu" if u.find_spec("orthofast._cpu") else "numba_cpu")

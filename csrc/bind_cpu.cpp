@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_request.h"
 #include "core/gram_stats.h"
 #include "core/pair_gradient.h"
 #include "cpu/isa.h"
@@ -16,43 +17,8 @@ using namespace orthofast;
 
 namespace {
 
-constexpr size_t kFields = 25;  // int64 values of one request, in the order read below
-
-Vectors read_vectors(const int64_t* field) {
-  return Vectors{reinterpret_cast<const void*>(field[0]), field[1], field[2], field[3], field[4],
-                 reinterpret_cast<double*>(field[5]), reinterpret_cast<double*>(field[6])};
-}
-
-GramArgs read_request(const int64_t* field) {
-  GramArgs args{};
-  args.x = read_vectors(field);
-  args.y = read_vectors(field + 7);
-  args.cross = field[14] != 0;
-  args.normalize = field[15] != 0;
-  args.dtype = static_cast<Dtype>(field[16]);
-  args.precision = static_cast<Precision>(field[17]);
-  args.want = static_cast<int32_t>(field[18]);
-  args.bins = static_cast<int32_t>(field[19]);
-  args.b = field[20];
-  args.d = field[21];
-  args.sums = reinterpret_cast<double*>(field[22]);
-  args.counts = reinterpret_cast<int64_t*>(field[23]);
-  args.hist = reinterpret_cast<int64_t*>(field[24]);
-  return args;
-}
-
 void gram_stats(const py::bytes& packed, int threads) {
-  char* data = nullptr;
-  Py_ssize_t size = 0;
-  if (PyBytes_AsStringAndSize(packed.ptr(), &data, &size) != 0) throw py::error_already_set();
-  const size_t bytes = kFields * sizeof(int64_t);
-  if (static_cast<size_t>(size) % bytes != 0) throw py::value_error("packed requests need " + std::to_string(bytes) + " bytes each");
-  std::vector<GramArgs> requests(static_cast<size_t>(size) / bytes);
-  for (size_t r = 0; r < requests.size(); ++r) {
-    int64_t field[kFields];
-    std::memcpy(field, data + r * bytes, bytes);
-    requests[r] = read_request(field);
-  }
+  const std::vector<GramArgs> requests = read_requests(packed);
   py::gil_scoped_release release;
   gram_stats_cpu(requests.data(), static_cast<int64_t>(requests.size()), threads);
 }
