@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # stored name -> (torch dtype that views the bytes, bits of one value)
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -48,16 +49,37 @@ BITS: dict[str, int] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """One block of a tensor that a format keeps in several places.
+
+    Attributes:
+        file: the file that holds it.
+        offset: first byte, from the start of the file.
+        nbytes: length in bytes.
+        origin: index of its first element in the whole tensor, one number per axis.
+        shape: sizes of the block.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    origin: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
     """Where one tensor's bytes lie.
 
     Attributes:
         name: the tensor's name in the checkpoint.
-        file: the file that holds it.
+        file: the file that holds it; the checkpoint's root for a tensor in memory.
         offset: first byte, from the start of the file.
-        nbytes: length in bytes; equals the product of ``shape`` times the size of ``dtype``.
-        dtype: the stored type, in the names of safetensors ("F32", "BF16", ...).
-        shape: sizes of the tensor's axes.
+        nbytes: bytes to read; for a dense tensor the product of ``shape`` times the size of ``dtype``.
+        dtype: the stored type, in the names of safetensors ("F32", "BF16", ...), or "GGUF_Q4_K" and the like.
+        shape: sizes of the tensor's axes, outermost first.
+        strides: steps in elements between neighbours on each axis; None for row-major order without gaps.
+        pieces: where the blocks lie, for a tensor kept in several places; empty for one place.
     """
 
     name: str
@@ -66,6 +88,8 @@ class Extent:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +118,11 @@ class Catalog:
         extents: readable tensors.
         faults: what cannot be read.
         files: weight files and their sizes in bytes.
+        format: "safetensors", "torch", "dcp", "gguf" or "memory".
+        memory: values that are in memory already, by name; their extents have offset 0.
+        tied: other names of a tensor that is stored once -> the name of its extent.
+        revision: the hub commit the files come from, None elsewhere.
+        quantization: how weights are quantised, as the configuration says; empty where nothing is.
         config: the model's configuration beside the weights; empty without one.
         config_digest: SHA-256 of that file, None without one.
         notes: remarks that change no result.
@@ -103,6 +132,11 @@ class Catalog:
     extents: list[Extent] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     files: dict[Path, int] = field(default_factory=dict)
+    format: str = "safetensors"
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    quantization: Mapping[str, object] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
     config_digest: str | None = None
     notes: list[str] = field(default_factory=list)

@@ -22,9 +22,12 @@ from orthofast.kernels.contract import make_request
 from orthofast.metrics.coherence import isotropic_baseline, pii_from
 from orthofast.records import GramStats
 from orthofast.scan.catalog import TORCH_DTYPES, Extent, Fault
-from orthofast.scan.plan import Item, Matrix, Plan
+from orthofast.scan.decoders import decode
+from orthofast.scan.matrices import Matrix
+from orthofast.scan.plan import Item, Plan
 from orthofast.scan.result import Row
 from orthofast.scan.roles import Reading
+from orthofast.scan.weights import Weight
 
 READ_BYTES = 16 << 20  # one positional read
 
@@ -76,9 +79,9 @@ def run(
         _fold(good, plan.sides, precision, backend, outcome)
         outcome.fold_s += time.perf_counter() - started
         outcome.read_s += batch.seconds
-        done += sum(item.extent.nbytes for item in batch.items)
+        done += sum(item.weight.nbytes for item in batch.items)
         if progress is not None:
-            progress(done, plan.nbytes, batch.items[-1].extent.name)
+            progress(done, plan.nbytes, batch.items[-1].weight.name)
     return outcome
 
 
@@ -114,7 +117,7 @@ def _read_ahead(plan: Plan) -> Iterator[_Batch]:
 
         def read(items: list[Item]) -> _Batch:
             started = time.perf_counter()
-            tensors = [_read(item.extent, descriptors, opened) for item in items]
+            tensors = [_read(item.weight, descriptors, opened) for item in items]
             return _Batch(items, tensors, time.perf_counter() - started)
 
         pending: Future[_Batch] | None = None
@@ -127,7 +130,15 @@ def _read_ahead(plan: Plan) -> Iterator[_Batch]:
             yield pending.result()
 
 
-def _read(extent: Extent, descriptors: dict[str, int | CheckpointError], opened: ExitStack) -> Tensor | CheckpointError:
+def _read(weight: Weight, descriptors: dict[str, int | CheckpointError], opened: ExitStack) -> Tensor | CheckpointError:
+    try:
+        parts = {role: read_extent(_open(extent, descriptors, opened), extent) for role, extent in weight.parts.items()}
+        return decode(weight, parts)
+    except CheckpointError as error:
+        return error
+
+
+def _open(extent: Extent, descriptors: dict[str, int | CheckpointError], opened: ExitStack) -> int:
     key = str(extent.file)
     if key not in descriptors:
         try:
@@ -138,11 +149,8 @@ def _read(extent: Extent, descriptors: dict[str, int | CheckpointError], opened:
             descriptors[key] = CheckpointError(f"{extent.file.name} cannot be read: {error.strerror}")
     found = descriptors[key]
     if isinstance(found, CheckpointError):
-        return found
-    try:
-        return read_extent(found, extent)
-    except CheckpointError as error:
-        return error
+        raise found
+    return found
 
 
 def _fold(

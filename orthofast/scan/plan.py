@@ -8,56 +8,21 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from torch import Tensor
-
 from orthofast.errors import InputError
-from orthofast.scan.catalog import INTEGERS, TORCH_DTYPES, Catalog, Extent, Fault
+from orthofast.scan.catalog import Catalog, Fault
+from orthofast.scan.matrices import Matrix, is_table, matrices_of
 from orthofast.scan.roles import Reading, Roles
+from orthofast.scan.weights import Weight, join_weights
 
 SIDES = ("rows", "cols")
 BATCH_BYTES = 64 << 20  # matrices handed to the fold together; a larger tensor goes alone
-SCALES = ("_scale_inv", "_scale")  # companions of fp8 weights
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """One matrix inside a tensor, as (out, in).
-
-    Attributes:
-        name: the tensor's name, with "[query]" and the like for a block of a fused one.
-        layer: row of the table, None outside the layers.
-        role: one of ``roles.ROLES``.
-        transposed: stored as (in, out).
-        start: first row of the (out, in) matrix.
-        stop: one past the last row.
-        inward: length of a row.
-    """
-
-    name: str
-    layer: str | None
-    role: str
-    transposed: bool
-    start: int
-    stop: int
-    inward: int
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """(out, in) view of the stored tensor; convolution kernels are flattened per filter."""
-        if tensor.dim() != 2:
-            tensor = tensor.reshape(-1, self.inward)
-        return (tensor.T if self.transposed else tensor)[self.start : self.stop]
-
-    def sizes(self, side: str) -> tuple[int, int]:
-        """Number of vectors ``n`` and their length ``d`` on one side."""
-        out = self.stop - self.start
-        return (out, self.inward) if side == "rows" else (self.inward, out)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One tensor to read and the matrices in it."""
+    """One weight to read and the matrices in it."""
 
-    extent: Extent
+    weight: Weight
     matrices: tuple[Matrix, ...]
 
 
@@ -82,18 +47,18 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes to be read."""
-        return sum(item.extent.nbytes for item in self.items)
+        return sum(item.weight.nbytes for item in self.items)
 
     def batches(self) -> Iterator[list[Item]]:
         """Tensors in reading order, about :data:`BATCH_BYTES` at a time."""
         batch: list[Item] = []
         size = 0
         for item in self.items:
-            if batch and size + item.extent.nbytes > BATCH_BYTES:
+            if batch and size + item.weight.nbytes > BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
             batch.append(item)
-            size += item.extent.nbytes
+            size += item.weight.nbytes
         if batch:
             yield batch
 
@@ -122,9 +87,11 @@ def make_plan(
         raise InputError(f"vectors needs 'rows', 'cols' or 'both', got {vectors!r}")
     wanted, unwanted = _globs(include, "include"), _globs(exclude, "exclude")
     plan = Plan(catalog, SIDES if vectors == "both" else (vectors,))
-    shapes = {extent.name: extent.shape for extent in catalog.extents}
+    weights = join_weights(catalog)
+    shapes = {weight.name: weight.shape for weight in weights.found}
+    stored = {extent.name: extent.shape for extent in catalog.extents}
     named = {fault.name: fault.shape or () for fault in catalog.faults if not fault.whole_file}
-    roles = Roles(named | shapes, catalog.config)
+    roles = Roles(named | stored | shapes, catalog.config)
 
     def outside(name: str, reading: Reading) -> str | None:
         if wanted is not None and not any(fnmatchcase(name, glob) for glob in wanted):
@@ -136,16 +103,21 @@ def make_plan(
         return None
 
     selected = 0
-    for extent in sorted(catalog.extents, key=lambda e: (str(e.file), e.offset, e.name)):
-        reading = roles.read(extent.name, extent.shape)
-        reason = outside(extent.name, reading)
+    for weight in sorted(weights.found, key=lambda w: (str(w.first.file), w.first.offset, w.name)):
+        reading = roles.read(weight.name, weight.shape)
+        reason = outside(weight.name, reading)
         selected += reason is None
-        reason = reason or reading.skip or _unmeasurable(extent, reading, shapes)
+        reason = reason or reading.skip or _unmeasurable(weight, reading)
         if reason:
-            plan.skipped.append((extent.name, reason))
+            plan.skipped.append((weight.name, reason))
         else:
-            plan.items.append(Item(extent, tuple(_matrices(extent, reading))))
-    for fault in catalog.faults:
+            plan.items.append(Item(weight, tuple(matrices_of(weight.name, weight.shape, reading))))
+    for name, why in weights.skipped:
+        reading = roles.read(name, stored.get(name, ()))
+        reason = outside(name, reading)
+        selected += reason is None
+        plan.skipped.append((name, reason or reading.skip or why))
+    for fault in (*catalog.faults, *weights.faults):
         reading = Reading("") if fault.whole_file else roles.read(fault.name, fault.shape or ())
         if fault.whole_file or outside(fault.name, reading) is None:
             plan.faults.append((fault, reading))
@@ -177,49 +149,23 @@ def _globs(given: str | Iterable[str] | None, name: str) -> tuple[str, ...] | No
     return globs or None
 
 
-def _unmeasurable(extent: Extent, reading: Reading, shapes: dict[str, tuple[int, ...]]) -> str | None:
-    shape = extent.shape
-    if extent.dtype in INTEGERS:
-        return f"{extent.dtype} values are no vectors; packed or quantised storage is not decoded"
-    if extent.dtype not in TORCH_DTYPES:
-        return f"the storage format {extent.dtype} is not decoded"
+def _unmeasurable(weight: Weight, reading: Reading) -> str | None:
+    shape = weight.shape
     if len(shape) < 2:
-        kind = "bias" if extent.name.endswith(("bias", "beta")) else "norm scale" if _is_norm(extent.name) else "vector"
+        kind = "bias" if weight.name.endswith(("bias", "beta")) else "norm scale" if _is_norm(weight.name) else "vector"
         return f"{kind} of shape {list(shape)}: one vector has no pairs" if shape else "a single number"
     if math.prod(shape) == 0:
         return f"empty: shape {list(shape)}"
     if len(shape) > 2 and reading.role != "Conv":
         if math.prod(shape[:-1]) == 1:
             return f"vector of shape {list(shape)}: one vector has no pairs"
-        if not _is_table(shape, reading):
+        if not is_table(shape, reading):
             return f"{len(shape)}-D of shape {list(shape)}: the name does not tell how it splits into matrices"
-    if extent.dtype.startswith("F8"):
-        for suffix in SCALES:
-            scales = shapes.get(extent.name + suffix)
-            if scales is not None and math.prod(scales) > 1:
-                return f"quantised: {extent.dtype} with scales in {extent.name + suffix}; not decoded"
     return None
-
-
-def _is_table(shape: tuple[int, ...], reading: Reading) -> bool:
-    """Position tables of vision models carry a batch axis: (1, n, d)."""
-    return len(shape) == 3 and shape[0] == 1 and reading.role == "Embedding"
 
 
 def _is_norm(name: str) -> bool:
     return re.search(r"norm|\bln|(^|\.)bn|gamma", name, re.IGNORECASE) is not None
-
-
-def _matrices(extent: Extent, reading: Reading) -> Iterator[Matrix]:
-    shape = extent.shape
-    out, inward = shape[::-1] if reading.transposed else (shape[0], math.prod(shape[1:]))
-    if _is_table(shape, reading):
-        out, inward = shape[1:]
-    if not reading.parts:
-        yield Matrix(extent.name, reading.layer, reading.role, reading.transposed, 0, out, inward)
-    for part in reading.parts:
-        name = f"{extent.name}[{part.label}]"
-        yield Matrix(name, reading.layer, part.role, reading.transposed, part.start, part.stop, inward)
 
 
 def layer_numbers(text: str) -> Sequence[str]:

@@ -39,6 +39,16 @@ class Row:
         zero: vectors of length 0, left out of the pairs.
         nonfinite: vectors that hold NaN or Inf.
         error: one sentence when the matrix could not be measured, else None.
+        head: index of the attention head whose vectors these are; None for the whole matrix.
+        expert: index in a stack of experts; None elsewhere.
+        adapter: "base", "merged" or "delta" where an adapter was scanned with its base; None elsewhere.
+        standard_error: of ``pii`` when it was estimated from a sample, None when it is exact.
+        max_abs: largest absolute cosine; None where it was not asked for.
+        max_pair: which two vectors have it.
+        histogram: counts of the signed cosines in equal bins on [-1, 1]; None where it was not asked for.
+        drift: mean absolute change of the cosines from the base to the merged weight.
+        relative_change: Frobenius norm of the change over that of the base.
+        tied: other names under which the checkpoint has the same tensor.
     """
 
     name: str
@@ -53,6 +63,16 @@ class Row:
     zero: int | None
     nonfinite: int | None
     error: str | None
+    head: int | None = None
+    expert: int | None = None
+    adapter: str | None = None
+    standard_error: float | None = None
+    max_abs: float | None = None
+    max_pair: tuple[int, int] | None = None
+    histogram: tuple[int, ...] | None = None
+    drift: float | None = None
+    relative_change: float | None = None
+    tied: tuple[str, ...] = ()
 
 
 FIELDS = tuple(Row.__slots__)

@@ -16,6 +16,8 @@ from orthofast.scan import ScanResult, report, scan_checkpoint
 from tests.scan.checkpoints import FAMILIES, make_tensors, write
 
 ROW = {"name", "layer", "role", "vectors", "n", "d", "pii", "baseline", "ratio", "zero", "nonfinite", "error"}
+EXTENDED = {"head", "expert", "adapter", "standard_error", "max_abs", "max_pair", "histogram"}
+EXTENDED |= {"drift", "relative_change", "tied"}
 HOSTILE = "x</script><script>alert(1)</script>\"'|`*\x1b[31m\n{{7*7}}.weight"
 
 
@@ -34,7 +36,7 @@ def test_the_json_document_has_exactly_its_fields(result: ScanResult) -> None:
     document = json.loads(result.to_json(), parse_constant=pytest.fail)
     assert set(document) == {"schema_version", "rows", "skipped", "provenance"}
     assert document["schema_version"] == 1
-    assert all(set(row) == ROW for row in document["rows"])
+    assert all(set(row) == ROW | EXTENDED for row in document["rows"])
     assert all(set(entry) == {"name", "reason"} for entry in document["skipped"])
     bad = [row for row in document["rows"] if row["name"] == "bad.weight"]
     assert [(row["pii"], row["ratio"], row["nonfinite"]) for row in bad] == [(None, None, 3), (None, None, 4)]
