@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from orthofast.metrics.chains import (
+    ChainTrace,
+    GramFluctuation,
+    bn_chain,
+    chain_trace,
+    diagonal_start,
+    gram_fluctuation,
+    nearly_parallel_start,
+    samples_with_gap,
+    vanilla_chain,
+    whitened,
+)
 from orthofast.metrics.coherence import (
     CosineHistogram,
     MaxCoherence,
@@ -29,19 +41,39 @@ from orthofast.metrics.spectra import (
     marchenko_pastur_condition,
     spectrum,
 )
+from orthofast.metrics.theory import (
+    GapBounds,
+    corollary3_bound,
+    gap_bounds,
+    gap_contraction,
+    gaussian_w2_squared,
+    stationary_gap,
+    theorem1_bound,
+)
 
 __all__ = [
+    "ChainTrace",
     "ConditionNumber",
     "ConformalDrift",
     "CosineHistogram",
     "DiagonalDominance",
+    "GapBounds",
+    "GramFluctuation",
     "MaxCoherence",
+    "bn_chain",
+    "chain_trace",
     "condition_number",
     "conformal_drift",
+    "corollary3_bound",
     "cosine_histogram",
     "covariance_spectrum",
     "diagonal_dominance",
+    "diagonal_start",
     "eigenvalue_tolerance",
+    "gap_bounds",
+    "gap_contraction",
+    "gaussian_w2_squared",
+    "gram_fluctuation",
     "isotropic_baseline",
     "kronecker_condition_number",
     "kronecker_histogram",
@@ -51,9 +83,15 @@ __all__ = [
     "marchenko_pastur_condition",
     "max_coherence",
     "mean_squared_cosine",
+    "nearly_parallel_start",
     "orthogonality_gap",
     "pii",
+    "samples_with_gap",
     "singular_value_gap",
     "spectrum",
+    "stationary_gap",
+    "theorem1_bound",
+    "vanilla_chain",
     "welch_bound",
+    "whitened",
 ]
