@@ -25,13 +25,26 @@ from orthofast.metrics.coherence import (
     welch_bound,
 )
 from orthofast.metrics.drift import ConformalDrift, conformal_drift
+from orthofast.metrics.fisher import (
+    as_linear_operator,
+    fisher_linear_operator,
+    fisher_spectrum,
+    gradient_gram,
+    kronecker_factor_spectra,
+    label_gradients,
+    sub_fisher_spectrum,
+)
 from orthofast.metrics.gram import DiagonalDominance, diagonal_dominance, orthogonality_gap, singular_value_gap
+from orthofast.metrics.hessians import largest_stable_step, proximal_gradient, softmax_hessian, squared_error_hessian
 from orthofast.metrics.kronecker import (
     kronecker_condition_number,
     kronecker_histogram,
     kronecker_quantile,
     kronecker_spectrum,
 )
+from orthofast.metrics.neural_features import agop, layer_agop, neural_feature_correlation
+from orthofast.metrics.rescaling import Rescaling, rescale_weights_check, rescaling_ratios
+from orthofast.metrics.scales import rescale_factors
 from orthofast.metrics.spectra import (
     ConditionNumber,
     condition_number,
@@ -60,6 +73,9 @@ __all__ = [
     "GapBounds",
     "GramFluctuation",
     "MaxCoherence",
+    "Rescaling",
+    "agop",
+    "as_linear_operator",
     "bn_chain",
     "chain_trace",
     "condition_number",
@@ -70,26 +86,41 @@ __all__ = [
     "diagonal_dominance",
     "diagonal_start",
     "eigenvalue_tolerance",
+    "fisher_linear_operator",
+    "fisher_spectrum",
     "gap_bounds",
     "gap_contraction",
     "gaussian_w2_squared",
+    "gradient_gram",
     "gram_fluctuation",
     "isotropic_baseline",
     "kronecker_condition_number",
+    "kronecker_factor_spectra",
     "kronecker_histogram",
     "kronecker_quantile",
     "kronecker_spectrum",
+    "label_gradients",
     "lambda_max",
+    "largest_stable_step",
+    "layer_agop",
     "marchenko_pastur_condition",
     "max_coherence",
     "mean_squared_cosine",
     "nearly_parallel_start",
+    "neural_feature_correlation",
     "orthogonality_gap",
     "pii",
+    "proximal_gradient",
+    "rescale_factors",
+    "rescale_weights_check",
+    "rescaling_ratios",
     "samples_with_gap",
     "singular_value_gap",
+    "softmax_hessian",
     "spectrum",
+    "squared_error_hessian",
     "stationary_gap",
+    "sub_fisher_spectrum",
     "theorem1_bound",
     "vanilla_chain",
     "welch_bound",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,3 +43,18 @@ def largest_eigenvalue(matrix: Floats, start: Floats) -> float:
     except ArpackError:  # no convergence within its iterations, or NaN off the diagonal
         whole = torch.from_numpy(matrix)
         return float(torch.linalg.eigvalsh(whole)[-1]) if np.isfinite(np.tril(matrix)).all() else float("nan")
+
+
+def symmetric_operator(size: int, times: Callable[[Floats], Floats]) -> Any:
+    """A ``scipy.sparse.linalg.LinearOperator`` of a symmetric matrix in float64.
+
+    Args:
+        size: its side.
+        times: the product with a vector (size,) float64, contiguous and not to be written to.
+    """
+    from scipy.sparse.linalg import LinearOperator
+
+    def product(vector: Any) -> Floats:
+        return times(np.array(vector, dtype=np.float64).ravel())
+
+    return LinearOperator((size, size), matvec=product, rmatvec=product, dtype=np.float64)
