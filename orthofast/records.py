@@ -56,7 +56,7 @@ class GramStats:
 
     def __repr__(self) -> str:
         fields = []
-        for name in self.__slots__:
+        for name in GramStats.__slots__:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 shown = str(value.tolist()) if value.numel() <= 8 else f"<{tuple(value.shape)} {value.dtype}>"

@@ -30,7 +30,10 @@ _loaded: dict[str, Backend] = {}
 
 
 class Backend(Protocol):
-    """What a backend file offers; a string DETAIL, where it has one, is shown by ``explain``."""
+    """What a backend file offers; a string DETAIL, where it has one, is shown by ``explain``.
+
+    A backend may offer ``again(requests)``: None, or a function that folds other tensors of the same description.
+    """
 
     NAME: str
 
@@ -79,7 +82,7 @@ def choose(request: Request, backend: str | None = None) -> Backend:
     Raises:
         BackendError: if the named backend is unknown or cannot serve the request.
     """
-    return _choice(request, _forced(backend))
+    return _choice(request, forced(backend))
 
 
 def choose_each(requests: Sequence[Request], backend: str | None = None) -> dict[str, list[int]]:
@@ -88,14 +91,15 @@ def choose_each(requests: Sequence[Request], backend: str | None = None) -> dict
     Raises:
         BackendError: if the named backend is unknown or cannot serve a request.
     """
-    name = _forced(backend)
+    name = forced(backend)
     groups: dict[str, list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(_choice(request, name).NAME, []).append(index)
     return groups
 
 
-def _forced(backend: str | None) -> str | None:
+def forced(backend: str | None) -> str | None:
+    """The backend that the argument, ``use_backend`` or the environment names; None where all may serve."""
     return backend or _chosen.get() or os.environ.get(ENVIRONMENT)
 
 

@@ -18,16 +18,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import repeat
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from orthofast.errors import BackendError
-from orthofast.kernels import gradients, reference, tiles
-from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, SQ_SUM, SUM, Request
+from orthofast.kernels import calls, gradients, reference, tiles
+from orthofast.kernels.contract import Request
 from orthofast.kernels.gradients import ABS, Curve, PairGradient
 from orthofast.kernels.triton_plan import Group, plan, shape_of
 from orthofast.records import GramStats
@@ -39,11 +38,11 @@ try:
     from triton.runtime.errors import OutOfResources
 
     from orthofast.kernels import triton_block_scaled, triton_gradient, triton_launch
+    from orthofast.kernels.triton_records import GroupRecord
 except ImportError as error:  # a CPU build of torch brings none
     _why_not = f"triton cannot be imported ({error}); a CUDA build of torch brings it"
 
 NAME = "triton_gpu"
-_NOTHING: Any = repeat(None)
 _interpreter = threading.Lock()  # it runs one kernel at a time
 
 
@@ -153,46 +152,43 @@ def _on(device: torch.device) -> Iterator[None]:
 
 
 def _fold(requests: Sequence[Request], device: torch.device) -> list[GramStats]:
-    kind, processors = _device(device)
-    shapes = tuple(map(shape_of, requests))
-    records: list[GramStats | None] = [None] * len(requests)
-    for group in plan(shapes, device, kind):
-        made = triton_launch.launch(group, [requests[i] for i in group.requests], device, processors)
-        _wrap(group, made, records)
+    groups = plan(tuple(map(shape_of, requests)), device, _device(device)[0])
+    records = _launched(groups, [request.x for request in requests], [request.y for request in requests], device)
     # no group folds a request of no items
     return [reference.gram_stats(requests[i]) if record is None else record for i, record in enumerate(records)]
 
 
-def _wrap(group: Group, made: triton_launch.Results, records: list[GramStats | None]) -> None:
-    """Cut the results of a group into records; views, no copies, one call a field."""
-    method, items = group.method, group.items
-    fields: dict[str, Sequence[Tensor]] = {}
-    for row, name in enumerate(("pairs", "zero", "nonfinite")):
-        fields[name] = _cut(made.counts[row], items)
-    for row, (bit, name) in enumerate(((ABS_SUM, "abs_sum"), (SQ_SUM, "sq_sum"), (SUM, "sum"), (ABS_MAX, "abs_max"))):
-        if method.want & bit:
-            fields[name] = _cut(made.sums[row], items)
-    if method.decides:
-        fields["floor"] = _cut(made.sums[4], items)
-    if method.want & ABS_MAX:
-        fields["argmax"] = _cut(made.counts[3:5].T, items)
-    if method.want & HIST and made.hist is not None:
-        fields["hist"] = _cut(made.hist, items)
-    for name, whole in (("norm_sq", made.norm_sq), ("row_abs", made.row_abs)):
-        if whole is None:
-            continue
-        parts = list(_cut(whole.unsqueeze(0), group.vector_counts, 1))  # (1, n) each
-        for place, b, n in group.batched:
-            parts[place] = parts[place].view(b, n)
-        fields[name] = parts[::2] if method.cross else parts
-        if method.cross:
-            fields[name + "_y"] = parts[1::2]
-    columns = [fields.get(name, _NOTHING) for name in GramStats.__slots__[:-1]]
-    for index, record in zip(group.requests, map(GramStats, *columns, repeat(method.cross)), strict=False):
-        records[index] = record
+def _launched(
+    groups: Sequence[Group], xs: Sequence[Tensor], ys: Sequence[Tensor | None] | None, device: torch.device
+) -> list[GramStats | None]:
+    """One launch sequence a group; each request's record is cut out of its group's results when it is read."""
+    records: list[GramStats | None] = [None] * len(xs)
+    processors = _device(device)[1]
+    for group in groups:
+        tensors: list[Tensor] = []
+        for index in group.requests:
+            tensors.append(xs[index])
+            other = None if ys is None else ys[index]
+            if other is not None:
+                tensors.append(other)
+        made = triton_launch.launch(group, tensors, device, processors)
+        for place, index in enumerate(group.requests):
+            records[index] = GroupRecord(group, made, place)
+    return records
 
 
-def _cut(whole: Tensor, sizes: list[int], dim: int = 0) -> Sequence[Tensor]:
-    # "unsafe": each view may be written to, as a tensor of its own
-    parts: Sequence[Tensor] = torch.unsafe_split_with_sizes(whole, sizes, dim)
-    return parts
+def again(requests: Sequence[Request]) -> calls.Again | None:
+    """How to fold other tensors of the same shapes, strides and alignment; None where a request needs more."""
+    device = requests[0].x.device
+    if any(r.precision == "float64" or r.x.device != device or r.x.shape[0] == 0 for r in requests):
+        return None
+    groups = plan(tuple(map(shape_of, requests)), device, _device(device)[0])
+    alone = frozenset(group.method.alone for group in groups)
+
+    def fold(xs: Sequence[Tensor]) -> list[GramStats]:
+        if alone != {-1}:  # tensor maps are made of (b, n, d)
+            xs = [x.detach()[None] if i in alone and x.dim() == 2 else x for i, x in enumerate(xs)]
+        with _on(device):
+            return cast(list[GramStats], _launched(groups, xs, None, device))
+
+    return fold

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orthofast.errors import BackendError
 from orthofast.kernels import tiles
-from orthofast.kernels.contract import ABS_MAX, HIST, ROW_ABS, Request
+from orthofast.kernels.contract import ABS_MAX, HIST, ROW_ABS
 from orthofast.kernels.triton_folds import fold
 from orthofast.kernels.triton_plan import ANY, COLUMNS, FINISH_BLOCK, Group, tables
 from orthofast.kernels.triton_prepare import finish, join_rows, poison_vectors, prepare
@@ -72,10 +72,9 @@ class _Memory:
     held: list[Any]
 
 
-def launch(group: Group, requests: Sequence[Request], device: torch.device, processors: int) -> Results:
-    """Fold the requests of one group on the current stream."""
+def launch(group: Group, tensors: Sequence[Tensor], device: torch.device, processors: int) -> Results:
+    """Fold the requests of one group on the current stream; ``tensors`` are their x, each followed by its y."""
     method = group.method
-    tensors = [side for request in requests for side in (request.x, request.y) if side is not None]
     memory, results = _allocate(group, tensors, device)
     run = _Run(group, tensors, memory, results, device, processors)
     run.prepare()

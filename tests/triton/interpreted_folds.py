@@ -5,6 +5,8 @@ Collected by ``test_interpreter.py`` in a process of its own; TRITON_INTERPRET m
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthofast.kernels import dispatch, gram_stats, gram_stats_many, tiles, triton_gpu, triton_launch, triton_plan
+from orthofast.errors import InputError
+from orthofast.kernels import (
+    calls,
+    dispatch,
+    gram_stats,
+    gram_stats_many,
+    tiles,
+    triton_gpu,
+    triton_launch,
+    triton_plan,
+)
 from orthofast.kernels.contract import make_request
 from orthofast.kernels.tiles import Tile
 from orthofast.kernels.triton_access import decoded
@@ -27,11 +39,15 @@ WIDE = Tile(16, 32, 16, 4, 1)
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_poisoned(poisoned_memory: None) -> Iterator[None]:
     """Plans are made anew around each test, for tests change the tables of tiles."""
-    for cache in (triton_plan.plan, triton_plan.method_of):
-        cache.cache_clear()
+    _forget()
     yield
+    _forget()
+
+
+def _forget() -> None:
     for cache in (triton_plan.plan, triton_plan.method_of):
         cache.cache_clear()
+    calls._known.clear()
 
 
 @pytest.fixture
@@ -179,3 +195,63 @@ def test_lengths_whose_largest_entry_comes_late_or_early(dtype: torch.dtype, dir
     powers = torch.arange(400) // 100 * 3 * direction  # less than a step of the row apart: all parts count
     x = torch.ldexp(x.double(), powers).to(dtype)
     assert_record(folded(x), x)  # type: ignore[arg-type]
+
+
+def test_a_call_that_comes_again_is_neither_checked_nor_planned_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(seed: int) -> list[Tensor]:
+        weights = [gaussian((40, 32), seed, torch.bfloat16), gaussian((2, 24, 48), seed), torch.empty(0, 4)]
+        return [view for weight in weights for view in (weight, weight.mT)]
+
+    gram_stats_many(model(1), want=ALL, backend="triton_gpu")
+    later = model(2)
+    expected = [gram_stats(x, want=ALL, backend="triton_gpu") for x in later]
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a call that comes again was planned again")
+
+    for place, name in ((triton_gpu, "plan"), (triton_gpu, "shape_of"), (dispatch, "choose_each")):
+        monkeypatch.setattr(place, name, refuse)
+    assert len(calls._known) == 1
+    for found, alone in zip(gram_stats_many(later, want=ALL, backend="triton_gpu"), expected, strict=True):
+        assert same_bits(found, alone)
+
+
+def test_a_call_that_differs_in_any_way_is_a_new_one() -> None:
+    x = gaussian((24, 32), 1, torch.bfloat16)
+    flat = torch.zeros(24 * 32 + 1, dtype=torch.bfloat16)
+    shifted = flat[1:].view(24, 32).copy_(x)  # off the alignment
+    again = [[x], [x.mT], [x.float()], [shifted], [x, x], [torch.nn.Parameter(x)], [x[None]]]
+    for xs in again:
+        for record, one in zip(gram_stats_many(xs, backend="triton_gpu"), xs, strict=True):
+            assert same_bits(record, gram_stats(one, backend="triton_gpu"))
+    known = len(calls._known)
+    assert known == 6  # a parameter is described like its tensor
+    with pytest.raises(InputError, match="meta"):
+        gram_stats_many([x.to("meta")], backend="triton_gpu")
+    gram_stats_many([x], backend="reference")
+    gram_stats_many([x.double()], backend="triton_gpu")
+    gram_stats_many([torch._neg_view(x)], backend="triton_gpu")
+    assert len(calls._known) == known
+    with pytest.raises(InputError, match="want"):
+        gram_stats_many([x], want="abs_sun", backend="triton_gpu")
+
+
+def test_the_oldest_calls_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "MOST_CALLS", 2)
+    for n in (4, 5, 6):
+        gram_stats_many([gaussian((n, 8), n)], backend="triton_gpu")
+    assert [shape for ((_, shape, *_),), _ in calls._known] == [(5, 8), (6, 8)]
+
+
+def test_a_record_outlives_its_group_and_can_be_copied() -> None:
+    x = gaussian((24, 32), 3)
+    record, _ = gram_stats_many([x, x.mT], want=ALL, bins=8, backend="triton_gpu")
+    whole = gram_stats(x, want=ALL, bins=8, backend="reference")
+    for other in (pickle.loads(pickle.dumps(record)), copy.deepcopy(record), copy.copy(record)):
+        assert same_bits(other, record)
+        assert torch.equal(other.hist, whole.hist)
+        assert other.norm_sq_y is None
+        assert not other.cross
+    assert "abs_sum" in repr(record)
+    with pytest.raises(AttributeError, match="no field"):
+        record.abs_total  # noqa: B018
