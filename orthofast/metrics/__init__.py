@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from orthofast.metrics.backward import (
+    normalization_gradient,
+    residual_gradient,
+)
+from orthofast.metrics.batchnorm import (
+    EffectiveNorms,
+    OutputMoments,
+    bn_equivalent_weight,
+    bn_rate,
+    effective_norms,
+)
 from orthofast.metrics.chains import (
     ChainTrace,
     GramFluctuation,
@@ -43,6 +54,15 @@ from orthofast.metrics.kronecker import (
     kronecker_spectrum,
 )
 from orthofast.metrics.neural_features import agop, layer_agop, neural_feature_correlation
+from orthofast.metrics.regularization import (
+    ConstrainedMinimum,
+    constrained_minimum,
+    isotropic_noise_penalty,
+    noise_penalty,
+    rate_from_second_moment,
+    ridge_path,
+    ridge_shrinkage,
+)
 from orthofast.metrics.rescaling import Rescaling, rescale_weights_check, rescaling_ratios
 from orthofast.metrics.scales import rescale_factors
 from orthofast.metrics.spectra import (
@@ -68,23 +88,30 @@ __all__ = [
     "ChainTrace",
     "ConditionNumber",
     "ConformalDrift",
+    "ConstrainedMinimum",
     "CosineHistogram",
     "DiagonalDominance",
+    "EffectiveNorms",
     "GapBounds",
     "GramFluctuation",
     "MaxCoherence",
+    "OutputMoments",
     "Rescaling",
     "agop",
     "as_linear_operator",
     "bn_chain",
+    "bn_equivalent_weight",
+    "bn_rate",
     "chain_trace",
     "condition_number",
     "conformal_drift",
+    "constrained_minimum",
     "corollary3_bound",
     "cosine_histogram",
     "covariance_spectrum",
     "diagonal_dominance",
     "diagonal_start",
+    "effective_norms",
     "eigenvalue_tolerance",
     "fisher_linear_operator",
     "fisher_spectrum",
@@ -94,6 +121,7 @@ __all__ = [
     "gradient_gram",
     "gram_fluctuation",
     "isotropic_baseline",
+    "isotropic_noise_penalty",
     "kronecker_condition_number",
     "kronecker_factor_spectra",
     "kronecker_histogram",
@@ -108,12 +136,18 @@ __all__ = [
     "mean_squared_cosine",
     "nearly_parallel_start",
     "neural_feature_correlation",
+    "noise_penalty",
+    "normalization_gradient",
     "orthogonality_gap",
     "pii",
     "proximal_gradient",
+    "rate_from_second_moment",
     "rescale_factors",
     "rescale_weights_check",
     "rescaling_ratios",
+    "residual_gradient",
+    "ridge_path",
+    "ridge_shrinkage",
     "samples_with_gap",
     "singular_value_gap",
     "softmax_hessian",
