@@ -94,7 +94,8 @@ def kronecker_condition_number(
     """kappa_p of a Kronecker product from the eigenvalues of its factors.
 
     Huang et al. 2020, Eq. 4 and Proposition 1: ``F = A (x) G``, the sub-FIM of a layer by K-FAC. For p = 1 it is the
-    product of the factors' kappa, for other p it is not (13.3 where they multiply to 4.7).
+    product of the factors' kappa, for other p it is not: at p = 0.5, (8, 4, 2, 1) and (9, 3, 1) have 2 and 3, their
+    product has 8.
 
     An eigenvalue below its factor's tolerance is known only to lie between 0 and the tolerance. With the tolerance in
     its place, lambda_p is at most too large, and the value a lower bound; where 0 in its place gives the same

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -21,28 +20,26 @@ def largest_eigenvalue(matrix: Floats, start: Floats) -> float:
 
     Args:
         matrix: (d, d), rows contiguous; the lower triangle is read.
-        start: (d,), no zeros only; the same one gives the same bits.
+        start: (d,), without zeros; the same one gives the same bits.
     """
     from scipy.linalg.blas import dsymv
     from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-    diagonal = matrix.diagonal()
-    if not np.isfinite(diagonal).all():
+    columns = matrix.T  # the same memory as BLAS reads it: the lower triangle becomes the upper
+    if not np.isfinite(dsymv(1.0, columns, start)).all():
         return float("nan")
-    if not diagonal.any():
+    if not matrix.diagonal().any():
         return 0.0
     if len(matrix) <= SMALL:
         return float(np.linalg.eigvalsh(matrix)[-1])
-    columns = matrix.T  # the same memory as BLAS reads it: the lower triangle becomes the upper
     operator = LinearOperator(matrix.shape, matvec=lambda vector: dsymv(1.0, columns, vector), dtype=np.float64)
     options: dict[str, Any] = {"k": 1, "which": "LA", "v0": start, "return_eigenvectors": False}
     if "rng" in inspect.signature(eigsh).parameters:
         options["rng"] = np.random.default_rng(len(matrix))  # what an invariant subspace is left by
     try:
         return float(eigsh(operator, **options)[0])
-    except ArpackError:  # no convergence within its iterations, or NaN off the diagonal
-        whole = torch.from_numpy(matrix)
-        return float(torch.linalg.eigvalsh(whole)[-1]) if np.isfinite(np.tril(matrix)).all() else float("nan")
+    except ArpackError:  # no convergence within its iterations
+        return float(np.linalg.eigvalsh(matrix)[-1])
 
 
 def symmetric_operator(size: int, times: Callable[[Floats], Floats]) -> Any:
