@@ -69,6 +69,14 @@ def test_only_the_lower_triangle_is_read(measure, d: int) -> None:
     assert bool(lower.triu(1).isnan().sum() == d * (d - 1) // 2)
 
 
+def test_lambda_max_of_a_larger_matrix_takes_no_whole_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = covariance(80, 0.05)
+    expected = metrics.spectrum(matrix)[0].item()
+    monkeypatch.delattr(np.linalg, "eigvalsh")
+    lower = matrix.tril() + torch.full_like(matrix, float("nan")).triu(1)
+    assert metrics.lambda_max(lower).item() == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["flat", "wishart", "steep", "rank deficient", "float32"])
 def test_lambda_max_on_a_device_approaches_from_below(name: str) -> None:
     matrix = MATRICES[name]
@@ -140,7 +148,7 @@ def test_condition_numbers_of_float32_rows_are_resolved_in_float64_and_not_below
 @pytest.mark.parametrize(
     ("d", "p", "place"),
     [(10, 0.7, 7), (10, 0.9, 9), (10, 0.91, 10), (3, 0.1, 1), (3, 1.0, 3), (3, 1, 3), (7, 0.5, 4), (1000, 0.001, 1),
-     (100, 0.29, 29), (100, 0.57, 57), (4096, 0.5, 2048)],
+     (100, 0.29, 29), (100, 0.07, 7), (100, 0.55, 55), (100, 0.57, 57), (4096, 0.5, 2048)],
 )  # fmt: skip
 def test_lambda_p_is_the_eigenvalue_at_the_ceiling(d: int, p: float, place: int) -> None:
     values = torch.arange(d, 0, -1, dtype=torch.float64)
