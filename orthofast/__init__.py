@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from orthofast.records import GramStats
     from orthofast.scan import scan_checkpoint
-    from orthofast.training import Monitor, orthogonalize_, pii_loss
+    from orthofast.training import Monitor, conditioning, orthogonalize_, pii_loss
 
     __version__: str
 
@@ -29,6 +29,7 @@ __all__ = [
     "Monitor",
     "OrthofastError",
     "__version__",
+    "conditioning",
     "conformal_drift",
     "cosine_histogram",
     "diagonal_dominance",
@@ -48,6 +49,7 @@ _HOME = {
     "GramStats": "orthofast.records",
     "Monitor": "orthofast.training",
     "OrthofastError": "orthofast.errors",
+    "conditioning": "orthofast.training",
     "conformal_drift": "orthofast.metrics",
     "cosine_histogram": "orthofast.metrics",
     "diagonal_dominance": "orthofast.metrics",

@@ -45,7 +45,7 @@ FACADE = {
     "gram_stats": True,
     "GramStats": True,
     "isotropic_baseline": True,
-    "conditioning": False,
+    "conditioning": True,
     "Monitor": True,
     "pii_loss": True,
     "orthogonalize_": True,

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orthofast.training.analysis import conditioning
+    from orthofast.training.factors import Factors
     from orthofast.training.init import delta_orthogonal_, orthogonal_for_, orthogonalize_
     from orthofast.training.layers import Layer, Layers, Skipped, find_layers
     from orthofast.training.losses import (
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
         soft_orthogonality_loss,
     )
     from orthofast.training.monitor import Monitor
+    from orthofast.training.report import LayerConditioning, Report
     from orthofast.training.sinks import Console, Csv, JsonLines, MLflow, TensorBoard, WandB
     from orthofast.training.srip import SRIP
 
@@ -30,19 +33,23 @@ __all__ = [
     "Console",
     "ConvOrthogonality",
     "Csv",
+    "Factors",
     "FramePotential",
     "JsonLines",
     "Layer",
+    "LayerConditioning",
     "Layers",
     "MLflow",
     "MeanAbsCosine",
     "Monitor",
     "MutualCoherence",
+    "Report",
     "Skipped",
     "SoftOrthogonality",
     "TensorBoard",
     "WandB",
     "add_penalty_grad_",
+    "conditioning",
     "conv_orthogonality_loss",
     "delta_orthogonal_",
     "find_layers",
@@ -58,20 +65,24 @@ _HOME = {
     "Console": "sinks",
     "ConvOrthogonality": "losses",
     "Csv": "sinks",
+    "Factors": "factors",
     "FramePotential": "losses",
     "JsonLines": "sinks",
     "Layer": "layers",
+    "LayerConditioning": "report",
     "Layers": "layers",
     "MLflow": "sinks",
     "MeanAbsCosine": "losses",
     "Monitor": "monitor",
     "MutualCoherence": "losses",
+    "Report": "report",
     "SRIP": "srip",
     "Skipped": "layers",
     "SoftOrthogonality": "losses",
     "TensorBoard": "sinks",
     "WandB": "sinks",
     "add_penalty_grad_": "losses",
+    "conditioning": "analysis",
     "conv_orthogonality_loss": "losses",
     "delta_orthogonal_": "init",
     "find_layers": "layers",

@@ -247,11 +247,11 @@ class Hook:
                 )
             return
         watcher.ran.add(slot)
-        if looking and isinstance(activation, Tensor) and not _recomputing():
+        if looking and isinstance(activation, Tensor) and not recomputing():
             watcher.see(slot, activation)
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether autograd is running: activation checkpointing calls a module a second time from there."""
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task is not None and task() != -1

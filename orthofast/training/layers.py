@@ -213,6 +213,17 @@ def find_layers(source: Source, select: Select = None) -> Layers:
     return Layers(tuple(found), tuple(skipped))
 
 
+def selector(select: Select) -> Callable[[str, nn.Module], bool]:
+    """Whether a module's weight is chosen, by its module's path and type; as :func:`find_layers` chooses."""
+    choices = _choices(select)
+
+    def chosen(path: str, module: nn.Module) -> bool:
+        layer = Layer(f"{path}.weight" if path else "weight", module, Part("weight"))
+        return not choices or any(_holds(choice, layer) for choice in choices)
+
+    return chosen
+
+
 def _choices(select: Select) -> tuple[Choice, ...]:
     if select is None:
         return ()
