@@ -1,0 +1,75 @@
+"""Integers of 1 to 8 bits in 32-bit words: GPTQ, AWQ and compressed-tensors' pack-quantized.
+
+    value = (q - z) * s, with z and s per row and group of columns
+
+GPTQ and AWQ store matrices as (in, out); all are decoded to (out, in). GPTQ packs along ``in``, AWQ along ``out`` in
+an order of its own, compressed-tensors along ``in`` with the sign as an offset of 2^(bits - 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from orthofast.scan.decoders.contract import Rows, Weight
+from orthofast.scan.decoders.grouping import dequantize_, group_index
+from orthofast.scan.decoders.words import unpack, unpack_awq
+
+GPTQ, AWQ, PACKED = "gptq", "awq", "packed"
+
+
+def gptq_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
+    """Parts: weight (in * bits / 32, out), zero (groups, out * bits / 32), scale (groups, out), index (in).
+
+    Format "gptq" stores z - 1, with 0 as the largest value; "gptq_v2" stores z.
+    """
+    bits, plus = weight.number("bits"), weight.number("plus")
+    out, inward = weight.shape
+    scales = parts["scale"].T.to(torch.float32)  # (out, groups)
+    zeros = unpack(parts["zero"], bits, out).T  # (out, groups)
+    zeros = ((zeros.to(torch.int32) + plus) & ((1 << bits) - 1)).to(torch.float32)
+    width = weight.number("group")
+    index = group_index(parts.get("index"), scales.shape[1], width)
+
+    def values(first: int, last: int) -> Tensor:
+        wide = unpack(parts["weight"][:, first:last].T, bits, inward).to(torch.float32)
+        return dequantize_(wide, scales[first:last], zeros[first:last], width, index)
+
+    return values
+
+
+def awq_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
+    """Parts: weight (in, out / 8), zero (groups, out / 8), scale (groups, out)."""
+    scales = parts["scale"].T.to(torch.float32)  # (out, groups)
+    zeros = unpack_awq(parts["zero"]).T.to(torch.float32) if "zero" in parts else torch.full_like(scales, 8)
+    width = weight.number("group")
+
+    def values(first: int, last: int) -> Tensor:
+        start = first // 8
+        words = parts["weight"][:, start : -(-last // 8)]
+        wide = unpack_awq(words).T[first - 8 * start : last - 8 * start].to(torch.float32)
+        return dequantize_(wide.contiguous(), scales[first:last], zeros[first:last], width, None)
+
+    return values
+
+
+def packed_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
+    """Parts: weight (..., out, words), scale (..., out, groups), zero (..., out * bits / 32, groups), index (in)."""
+    bits, width, dense = weight.number("bits"), weight.number("group"), weight.settings["dense"] is True
+    inward, grid = weight.shape[-1], weight.numbers("grid")
+    scales = parts["scale"].to(torch.float32).reshape(grid).expand(*weight.shape[:-1], grid[-1])
+    zeros = torch.full_like(scales, 1 << bits - 1)
+    if "zero" in parts and parts["zero"].dtype == torch.int32:  # packed along the rows
+        packed = unpack(parts["zero"].transpose(-1, -2), bits, weight.shape[-2], dense=dense)
+        zeros = packed.transpose(-1, -2).to(torch.float32)
+    elif "zero" in parts:
+        zeros = zeros + parts["zero"].to(torch.float32).reshape(grid)
+    index = group_index(parts.get("index"), grid[-1], width)
+
+    def values(first: int, last: int) -> Tensor:
+        wide = unpack(parts["weight"][first:last], bits, inward, dense=dense).to(torch.float32)
+        return dequantize_(wide, scales[first:last], zeros[first:last], width, index)
+
+    return values
