@@ -96,7 +96,8 @@ def layer_agop(model: nn.Module, layer: str | nn.Module, inputs: Any) -> Tensor:
         handle.remove()
     if len(entered) != 1:
         raise InputError(f"layer needs a module that the model calls once, got one it called {len(entered)} times")
-    return _outer_products(outputs, entered[0])
+    with torch.enable_grad():
+        return _outer_products(outputs, entered[0])
 
 
 def neural_feature_correlation(weight: Tensor, outer_products: Tensor) -> Tensor:
