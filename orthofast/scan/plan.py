@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from orthofast.errors import InputError
 from orthofast.scan.catalog import Catalog, Fault
-from orthofast.scan.matrices import Matrix, is_table, matrices_of
+from orthofast.scan.matrices import Matrix, holds_matrices, matrices_of
 from orthofast.scan.roles import Reading, Roles
 from orthofast.scan.weights import Weight, join_weights
 
 SIDES = ("rows", "cols")
-BATCH_BYTES = 64 << 20  # matrices handed to the fold together; a larger tensor goes alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +47,6 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes to be read."""
         return sum(item.weight.nbytes for item in self.items)
-
-    def batches(self) -> Iterator[list[Item]]:
-        """Tensors in reading order, about :data:`BATCH_BYTES` at a time."""
-        batch: list[Item] = []
-        size = 0
-        for item in self.items:
-            if batch and size + item.weight.nbytes > BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-            batch.append(item)
-            size += item.weight.nbytes
-        if batch:
-            yield batch
 
 
 def make_plan(
@@ -156,10 +142,10 @@ def _unmeasurable(weight: Weight, reading: Reading) -> str | None:
         return f"{kind} of shape {list(shape)}: one vector has no pairs" if shape else "a single number"
     if math.prod(shape) == 0:
         return f"empty: shape {list(shape)}"
-    if len(shape) > 2 and reading.role != "Conv":
+    if len(shape) > 2 and not reading.role.startswith("Conv"):
         if math.prod(shape[:-1]) == 1:
             return f"vector of shape {list(shape)}: one vector has no pairs"
-        if not is_table(shape, reading):
+        if not holds_matrices(shape, reading):
             return f"{len(shape)}-D of shape {list(shape)}: the name does not tell how it splits into matrices"
     return None
 

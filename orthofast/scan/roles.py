@@ -6,34 +6,39 @@ inside a layer, outside), then the last word of the name.
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orthofast.scan.heads import HIDDEN, Heads, heads_of, natural, tower_of
+from orthofast.scan.rules import Rule, Rules, context_of, load_rules
+from orthofast.scan.splits import Fused, Part, parts_of
 
 TABLE5 = ("Query", "Keys", "Values", "Atten_Output", "Linear_1.weight", "Linear_2.weight")
-ROLES = (*TABLE5, "Linear_1.gate", "QKV", "Embedding", "Head", "Conv", "Other")
+ROLES = (
+    *TABLE5,
+    "Linear_1.gate",
+    "QKV",
+    "KV",
+    "Query.latent",
+    "KV.latent",
+    "Keys.rope",
+    "Attention.gate",
+    "Router",
+    "Mixer",
+    "Embedding",
+    "Head",
+    "Conv",
+    "Conv.depthwise",
+    "Other",
+)
 STAGE = re.compile(r"layer\d+")  # ResNet: layer1.0, layer1.1, ...
-THIRDS = (("query", "Query"), ("key", "Keys"), ("value", "Values"))
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A block of output rows inside a fused matrix.
-
-    Attributes:
-        label: what is appended to the tensor's name.
-        role: the role of the block.
-        start, stop: rows of the (out, in) matrix.
-    """
-
-    label: str
-    role: str
-    start: int
-    stop: int
+NUMBERED = re.compile(r"((?:^|\.)\w*(?:layer|block)s?)_(\d+)(?=\.)")  # torchvision: encoder_layer_0
+CONVOLUTION = re.compile(r"conv|patch|stem|downsample|depthwise|dw")
+DEPTHWISE = re.compile(r"depthwise|dw_?conv|conv_?dw|conv_depth|conv1d|conv2d_dw")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts", "num_routed_experts")
+LINEAR = frozenset(("Linear_1.weight", "Linear_1.gate", "Linear_2.weight", "Query", "Atten_Output", "Router"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +49,14 @@ class Reading:
         role: one of :data:`ROLES`; empty when skipped.
         layer: the row of the table it belongs to, such as "0", "decoder.3" or "decoder.3.cross"; None outside layers.
         transposed: whether it is stored as (in, out).
-        parts: blocks of a fused matrix; empty for a plain one.
+        parts: parts of a fused matrix; empty for a plain one.
         skip: why the name alone rules it out, or None.
+        expert: index of the expert whose matrix this is; None elsewhere.
+        stack: how many experts lie one behind the other on the first axis; 0 where none do.
+        axes: of a matrix stored with three axes, which are outputs and which inputs, such as "ioo"; else empty.
+        heads: attention heads of an unfused matrix, 0 where that is not known.
+        head_axis: "rows" where a head owns rows of the (out, in) matrix, "cols" where it owns columns.
+        known: whether a rule was found; False for a name no rule describes.
     """
 
     role: str
@@ -53,6 +64,30 @@ class Reading:
     transposed: bool = False
     parts: tuple[Part, ...] = ()
     skip: str | None = None
+    expert: int | None = None
+    stack: int = 0
+    axes: str = ""
+    heads: int = 0
+    head_axis: str = "rows"
+    known: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a name lies: its words, the position of its layer's number and of its expert's."""
+
+    segments: tuple[str, ...]
+    number: int = -1
+    inner: int = -1
+    expert: int = -1
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return self.segments[: self.number] if self.number > 0 else ()
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        return self.segments[max(self.number, self.inner) + 1 :] if self.number > 0 else ()
 
 
 class Roles:
@@ -64,148 +99,223 @@ class Roles:
     """
 
     def __init__(self, names: Mapping[str, tuple[int, ...]], config: Mapping[str, object]) -> None:
-        self._rules = _rules()
+        self._rules = load_rules()
         self._config = config
-        self._model_type = str(config.get("model_type", ""))
+        self._names = names
         self._conv1d = self._stores_in_out(names)
-        self._lists = {found[0] for found in (self._layer_list(self._segments(name)) for name in names) if found}
+        lists = {place.parents for place in map(self._place, names) if place.parents}
+        self._stages_only = all(STAGE.fullmatch(parents[-1]) for parents in lists)
+        self._stacks = _stack_labels(lists, self._rules)
+        tower = tower_of(config, ())
+        self._layers = natural(tower, ("num_hidden_layers", "n_layer", "num_layers"))
+        self._predicting = natural(tower, ("num_nextn_predict_layers", "num_mtp_layers"))
+        self._varies = any(isinstance(value, list) for value in tower.values())
+        self._read: dict[tuple[object, ...], Reading] = {}
 
     def read(self, name: str, shape: tuple[int, ...]) -> Reading:
         """Role, layer, orientation and parts of one tensor."""
-        for pattern, reason in self._rules.skip:
-            if pattern.search(name):
-                return Reading("", skip=reason)
-        segments = self._segments(name)
-        found = self._layer_list(segments)
-        inside = segments[found[1] + 1 :] if found else []
-        context = self._context(inside or segments)
-        layer = self._label(found, segments, context)
-        rule = self._rule(segments, context, bool(inside))
-        role, split = (rule["role"], rule.get("split")) if rule else ("Other", None)
-        if role == "Other" and _is_convolution(shape, name):
-            return Reading("Conv", layer)
-        transposed = self._conv1d and bool(inside) and segments[-1] in ("c_attn", "c_proj", "c_fc", "q_attn")
-        if len(shape) != 2 or split is None:
-            return Reading(role, layer, transposed)
-        out, inward = shape[::-1] if transposed else shape
-        return Reading(role, layer, transposed, self._parts(split, out, inward))
+        place = self._place(name)
+        found = self._pattern(name, place, shape)
+        if found.skip is not None:
+            return found
+        layer = self._label(place, found.layer == "cross")
+        expert = int(place.segments[place.expert]) if place.expert > 0 else None
+        return replace(found, layer=layer, expert=expert)
 
-    def _segments(self, name: str) -> list[str]:
-        """The words of a name, without what wrappers add."""
-        return [word for word in name.removesuffix(".weight").split(".") if word not in self._rules.wrappers]
+    def _place(self, name: str) -> _Place:
+        rules = self._rules
+        plain = name.removesuffix(".weight")
+        if "_" in plain:
+            plain = NUMBERED.sub(r"\1.\2", plain)
+        segments = tuple(word for word in plain.split(".") if word not in rules.wrappers)
+        if segments[-1:] == ("linear",) and segments[-2:-1] and segments[-2].endswith("_proj"):
+            segments = segments[:-1]  # a module around the projection
+        number = inner = expert = -1
+        for i in range(1, len(segments)):
+            if not segments[i].isdecimal():
+                continue
+            parent = segments[i - 1]
+            if number < 0:
+                if rules.layer_list(parent):
+                    number = i
+            elif expert < 0 and rules.experts(parent):
+                expert = i
+            elif inner < 0 and expert < 0 and i <= number + 3 and self._nests(segments, number, i):
+                inner = i
+        return _Place(segments, number, inner, expert)
+
+    def _nests(self, segments: Sequence[str], number: int, i: int) -> bool:
+        """Whether a second number counts layers within a stage; T5's block.0.layer.1 counts the parts of one layer."""
+        outer = segments[number - 1]
+        if i == number + 1:  # block.0.1
+            return True
+        between = segments[number + 1 : i - 1]
+        if outer == "block" or any(context_of(word, self._rules) for word in between):
+            return False
+        return self._rules.inner_list(segments[i - 1])
+
+    def _pattern(self, name: str, place: _Place, shape: tuple[int, ...]) -> Reading:
+        """The reading of all names that differ in the numbers of layer and expert alone."""
+        words = list(place.segments)
+        first = place.number > 0 and words[place.number] == "0"
+        for position in (place.number, place.inner, place.expert):
+            if position > 0 and not (self._varies and position == place.number):
+                words[position] = "#"
+        key = (*words, name.endswith(".weight"), first, shape)
+        if key not in self._read:
+            self._read[key] = self._judge(name, place, shape)
+        return self._read[key]
+
+    def _judge(self, name: str, place: _Place, shape: tuple[int, ...]) -> Reading:
+        """Everything about a name but its numbers; ``layer`` is "cross" in cross attention, else None."""
+        for least, pattern, reason in self._rules.skip:
+            if len(shape) >= least and pattern.search(name):
+                return Reading("", skip=reason)
+        segments, inside = place.segments, place.inside
+        context = self._context(inside or segments)
+        tower = tower_of(self._config, segments)
+        types = {str(part.get("model_type", "")) for part in (tower, self._config)}
+        rule = self._rule(place, context, types, name)
+        cross = "cross" if context == "cross" else None
+        role = rule.role if rule else "Other"
+        flat = role == "Other" or role in LINEAR or role == "Mixer"
+        if flat and _is_convolution(shape, ".".join(segments), role):
+            return Reading(_convolution(shape, name, place), cross)
+        if rule is None or len(shape) < 2:
+            return Reading(role, cross, known=rule is not None)
+        stack = self._stack(rule, shape, place, context, tower)
+        if stack < 0:
+            return Reading("", skip="experts on one axis, and the configuration does not tell how many")
+        axes = rule.axes if len(shape) == len(rule.axes) else ""
+        rows, inward = _matrix_sizes(shape, stack, axes)
+        transposed = self._transposed(rule, place, rows, inward, stack, tower)
+        if transposed:
+            rows, inward = inward, rows
+        layer = int(segments[place.number]) if place.number > 0 else None
+        heads = Heads() if stack else heads_of(tower, segments, layer)
+        parts = parts_of(rule.split, Fused(rows, inward, heads, tower)) if rule.split else ()
+        if role == "Atten_Output":
+            return Reading(role, cross, transposed, parts, None, None, stack, axes, heads.columns(inward), "cols")
+        return Reading(role, cross, transposed, parts, None, None, stack, axes, heads.rows(role, rows))
+
+    def _stack(
+        self, rule: Rule, shape: tuple[int, ...], place: _Place, context: str, tower: Mapping[str, object]
+    ) -> int:
+        """Experts on the first axis: an axis of their own, or rows one behind the other; -1 if that cannot be told."""
+        if rule.flat and len(shape) == 2:
+            inner = tower.get("ffn_config")
+            count = natural(tower, EXPERT_COUNTS) or (
+                natural(inner, EXPERT_COUNTS) if isinstance(inner, Mapping) else 0
+            )
+            return count if count and shape[0] % count == 0 else -1
+        if len(shape) != 3 or rule.axes or place.expert > 0 or shape[-1] == 1:
+            return 0
+        words = place.segments
+        named = context == "mlp" or words[-1].endswith(("_exps", "_chexps")) or any(map(self._rules.experts, words))
+        return shape[0] if named and rule.role in LINEAR else 0
+
+    def _transposed(
+        self, rule: Rule, place: _Place, rows: int, inward: int, stack: int, tower: Mapping[str, object]
+    ) -> bool:
+        """Whether (in, out) is stored; of stacked experts the known width tells, where only one side has it."""
+        if self._conv1d and place.number > 0 and place.segments[-1] in self._rules.conv1d_leaves:
+            return True
+        hidden = natural(tower, HIDDEN)
+        if stack and not rule.flat and (rows == hidden) != (inward == hidden):
+            return (rows == hidden) != (rule.role == "Linear_2.weight")
+        return rule.stored == "in_out"
 
     def _stores_in_out(self, names: Mapping[str, tuple[int, ...]]) -> bool:
         """Conv1D keeps (in, out): a fused (d, 3d) c_attn tells, square ones cannot; else the model's type decides."""
         for name, shape in names.items():
             if name.endswith("attn.c_attn.weight") and len(shape) == 2 and shape[0] != shape[1]:
                 return shape[1] == 3 * shape[0]
-        return self._model_type in self._rules.conv1d
+        tower = tower_of(self._config, ())
+        return any(part.get("model_type") in self._rules.conv1d for part in (self._config, tower))
 
-    def _layer_list(self, segments: list[str]) -> tuple[tuple[str, ...], int] | None:
-        """The path up to the list of layers, and the position of the number."""
-        for position in range(1, len(segments)):
-            parent = segments[position - 1]
-            if segments[position].isdecimal() and (parent in self._rules.layer_lists or STAGE.fullmatch(parent)):
-                return tuple(segments[:position]), position
-        return None
+    def _label(self, place: _Place, cross: bool) -> str | None:
+        segments = place.segments
+        if place.number < 0:  # modules such as fc1 are their own layer, unless the model numbers its layers
+            return ".".join(segments) if self._stages_only else None
+        number, stack = segments[place.number], self._stacks.get(place.parents, "")
+        if STAGE.fullmatch(segments[place.number - 1]):
+            number = f"{segments[place.number - 1]}.{number}"
+        elif self._predicting and not stack and place.inner < 0 and int(number) >= self._layers > 0:
+            number = f"mtp.{int(number) - self._layers}"
+        if place.inner > 0:
+            number = f"{number}.{segments[place.inner]}"
+        label = f"{stack}.{number}" if stack else number
+        return f"{label}.cross" if cross else label
 
-    def _label(self, found: tuple[tuple[str, ...], int] | None, segments: list[str], context: str) -> str | None:
-        if found is None:  # modules such as fc1 are their own layer, unless the model numbers its layers
-            return ".".join(segments) if all(STAGE.fullmatch(parents[-1]) for parents in self._lists) else None
-        parents, position = found
-        number = segments[position]
-        if STAGE.fullmatch(parents[-1]):
-            number = f"{parents[-1]}.{number}"
-        stacks = {_stack(other, self._rules.stacks) for other in self._lists}
-        stack = _stack(parents, self._rules.stacks)
-        label = f"{stack}.{number}" if stack and len(stacks) > 1 else number
-        return f"{label}.cross" if context == "cross" else label
-
-    def _context(self, segments: list[str]) -> str:
-        """The nearest ancestor named like attention or like a feed-forward block; cross attention at any height."""
+    def _context(self, segments: Sequence[str]) -> str:
+        """The nearest ancestor that tells a context; cross attention at any height."""
         found = ""
         for segment in segments[:-1]:
-            for context, pattern in self._rules.contexts:
-                if pattern.fullmatch(segment):
-                    found = "cross" if found == "cross" and context == "attention" else context
-                    break
+            context = context_of(segment, self._rules)
+            if context and not (found == "cross" and context == "attention"):
+                found = context
         return found
 
-    def _rule(self, segments: list[str], context: str, inside: bool) -> dict[str, Any] | None:
+    def _rule(self, place: _Place, context: str, types: set[str], name: str) -> Rule | None:
+        segments, inside = place.segments, place.number > 0
         path = ".".join(segments)
-        contexts = {"attention" if context == "cross" else context or ("layer" if inside else "")}
-        if not inside:
-            contexts.add("outside")
-        for rule in (*self._rules.overrides, *self._rules.leaves):
-            if rule.get("model_type", self._model_type) != self._model_type:
+        contexts = {"attention", "cross"} if context == "cross" else {context or ("layer" if inside else "outside")}
+        for rule in self._rules.rules:
+            if rule.path is not None:
+                if (rule.in_layer and not inside) or not rule.path.search(path):
+                    continue
+            elif not (rule.contexts & contexts and rule.leaf.fullmatch(segments[-1])):
                 continue
-            if "path" in rule:
-                if re.search(rule["path"], path) and (inside or not rule.get("in_layer")):
-                    return rule
-            elif rule["context"] in contexts and re.fullmatch(rule["leaf"], segments[-1]):
-                return rule
+            if rule.model_type and not any(map(rule.model_type.fullmatch, types)):
+                continue
+            if rule.beside and not self._has(name, segments[-1], rule.beside):
+                continue
+            return rule
         return None
 
-    def _parts(self, split: str, out: int, inward: int) -> tuple[Part, ...]:
-        """Blocks of rows; none where the cut is not certain, for a wrong cut is worse than one matrix of role QKV."""
-        if split == "gate_up":
-            halves = (("gate", "Linear_1.gate"), ("up", "Linear_1.weight"))
-            return _cut((0, out // 2, out), halves) if out % 2 == 0 else ()
-        if split == "thirds":
-            if out == 3 * inward:
-                return _cut((0, inward, 2 * inward, out), THIRDS)
-            return _cut((0, inward, out), THIRDS[1:]) if out == 2 * inward else ()
-        heads = _natural(self._config.get("num_attention_heads") or self._config.get("n_head"))
-        groups = _natural(self._config.get("num_key_value_heads")) or heads
-        if split == "multi_query":
-            groups = 1 if self._config.get("multi_query", True) else 0
-        if not heads or not groups or out % (heads + 2 * groups):
-            return ()
-        size = out // (heads + 2 * groups)
-        return _cut((0, heads * size, (heads + groups) * size, out), THIRDS)
+    def _has(self, name: str, leaf: str, other: str) -> bool:
+        """Whether the checkpoint has a tensor of the same name but for its last word."""
+        start, _, end = name.rpartition(leaf)
+        return start + other + end in self._names
 
 
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    skip: tuple[tuple[re.Pattern[str], str], ...]
-    contexts: tuple[tuple[str, re.Pattern[str]], ...]
-    overrides: tuple[dict[str, Any], ...]
-    leaves: tuple[dict[str, Any], ...]
-    conv1d: frozenset[str]
-    stacks: frozenset[str]
-    layer_lists: frozenset[str]
-    wrappers: frozenset[str]
+def _stack_labels(lists: Iterable[tuple[str, ...]], rules: Rules) -> dict[tuple[str, ...], str]:
+    """What stands before a layer's number where several lists of layers would count alike."""
+    lists = sorted(lists)
+    named = {parents: next((word for word in parents if word in rules.stacks), "") for parents in lists}
+    if len(set(named.values())) == 1 and len(lists) > 0:
+        named = dict.fromkeys(lists, "")
+    labels: dict[tuple[str, ...], str] = {}
+    for stack in set(named.values()):
+        alike = [parents for parents in lists if named[parents] == stack and not STAGE.fullmatch(parents[-1])]
+        for parents in alike:
+            own = [word for word in parents if any(word not in other for other in alike)] if len(alike) > 1 else []
+            words = [stack, *(word for word in own if word != stack and word not in rules.nameless)]
+            labels[parents] = ".".join(word for word in words if word)
+    taken = list(labels.values())
+    return {parents: label if taken.count(label) == 1 else ".".join(parents) for parents, label in labels.items()}
 
 
-@cache
-def _rules() -> _Rules:
-    data = json.loads(files("orthofast.scan").joinpath("families.json").read_text("utf-8"))
-    return _Rules(
-        skip=tuple((re.compile(rule["path"]), rule["reason"]) for rule in data["skip"]),
-        contexts=tuple((rule["context"], re.compile(rule["segment"])) for rule in data["contexts"]),
-        overrides=tuple(data["overrides"]),
-        leaves=tuple(data["leaves"]),
-        conv1d=frozenset(data["conv1d_model_types"]),
-        stacks=frozenset(data["two_stacks"]),
-        layer_lists=frozenset(data["layer_lists"]),
-        wrappers=frozenset(data["wrappers"]),
-    )
+def _matrix_sizes(shape: tuple[int, ...], stack: int, axes: str) -> tuple[int, int]:
+    """(rows, columns) of one stored matrix."""
+    if stack:
+        return (shape[1], shape[2]) if len(shape) == 3 else (shape[0] // stack, shape[1])
+    if axes:
+        out = math.prod(size for size, axis in zip(shape, axes, strict=True) if axis == "o")
+        return out, math.prod(shape) // max(out, 1)
+    return shape[0], math.prod(shape[1:])
 
 
-def _cut(bounds: tuple[int, ...], roles: tuple[tuple[str, str], ...]) -> tuple[Part, ...]:
-    spans = zip(roles, bounds[:-1], bounds[1:], strict=True)
-    return tuple(Part(label, role, start, stop) for (label, role), start, stop in spans)
+def _is_convolution(shape: tuple[int, ...], name: str, role: str) -> bool:
+    """Four and five axes are kernels; three may be stacked experts, so there the name decides; 1 x 1 is a matrix."""
+    if len(shape) in (4, 5):
+        return role == "Other" or any(size > 1 for size in shape[2:])
+    return len(shape) == 3 and CONVOLUTION.search(name) is not None and (role == "Other" or shape[-1] > 1)
 
 
-def _stack(parents: Iterable[str], stacks: frozenset[str]) -> str:
-    """The outermost word of the path that names one of several towers; empty without one."""
-    return next((segment for segment in parents if segment in stacks), "")
-
-
-def _is_convolution(shape: tuple[int, ...], name: str) -> bool:
-    """Four and five axes are kernels; three may be stacked experts, so there the name decides."""
-    return len(shape) in (4, 5) or (len(shape) == 3 and re.search(r"conv|patch|stem|downsample", name) is not None)
-
-
-def _natural(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+def _convolution(shape: tuple[int, ...], name: str, place: _Place) -> str:
+    """A filter over one channel is depthwise, unless it may be the first of a network on one-channel images."""
+    if shape[1] != 1:
+        return "Conv"
+    later = place.number > 0 and place.segments[place.number] != "0"
+    return "Conv.depthwise" if later or DEPTHWISE.search(name) else "Conv"

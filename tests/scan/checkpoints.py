@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,18 +13,21 @@ from safetensors.torch import save_file
 
 Q, K, V, O, UP, DOWN = "Query", "Keys", "Values", "Atten_Output", "Linear_1.weight", "Linear_2.weight"  # noqa: E741
 GATE, EMBED, HEAD, CONV, OTHER = "Linear_1.gate", "Embedding", "Head", "Conv", "Other"
+ROUTER = "Router"
 SKIP = None
 
 
 @dataclass(frozen=True)
 class Expected:
-    """One matrix as the scan must name and place it; ``block`` are its rows in the (out, in) matrix."""
+    """One matrix as the scan must name and place it; ``rows`` are its rows in the (out, in) matrix, None for all."""
 
     role: str
     layer: str | None
     label: str = ""
     in_out: bool = False
-    block: tuple[int, int] | None = None
+    rows: Sequence[int] | None = None
+    expert: int | None = None
+    heads: int | None = None  # None where a test says nothing of them
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,27 @@ class Family:
 
     config: Mapping[str, object]
     tensors: dict[str, tuple[tuple[int, ...], tuple[Expected, ...] | None]] = field(default_factory=dict)
+    experts: int = 0  # experts on the first axis of a stack
 
 
-def one(role: str, layer: str | None = None, in_out: bool = False) -> tuple[Expected, ...]:
-    return (Expected(role, layer, in_out=in_out),)
+def one(
+    role: str, layer: str | None = None, in_out: bool = False, expert: int | None = None, heads: int | None = None
+) -> tuple[Expected, ...]:
+    return (Expected(role, layer, in_out=in_out, expert=expert, heads=heads),)
 
 
 def thirds(layer: str, size: int, in_out: bool = False) -> tuple[Expected, ...]:
     names = ((Q, "query"), (K, "key"), (V, "value"))
-    return tuple(Expected(r, layer, f"[{n}]", in_out, (i * size, (i + 1) * size)) for i, (r, n) in enumerate(names))
+    return tuple(
+        Expected(r, layer, f"[{n}]", in_out, range(i * size, (i + 1) * size)) for i, (r, n) in enumerate(names)
+    )
+
+
+def per_head(layer: str, heads: int, size: int) -> tuple[Expected, ...]:
+    """Query, key and value of each head beside each other."""
+    names = ((Q, "query"), (K, "key"), (V, "value"))
+    rows = [[3 * size * h + i * size + r for h in range(heads) for r in range(size)] for i in range(3)]
+    return tuple(Expected(r, layer, f"[{n}]", rows=rows[i], heads=heads) for i, (r, n) in enumerate(names))
 
 
 def bert(prefix: str, cross: bool = False) -> dict[str, tuple[tuple[int, ...], tuple[Expected, ...] | None]]:
@@ -178,23 +193,33 @@ FAMILIES: dict[str, Family] = {
             "transformer.h.0.attn.c_attn.weight": (
                 (20, 12),
                 (
-                    Expected(Q, "0", "[query]", block=(0, 12)),
-                    Expected(K, "0", "[key]", block=(12, 16)),
-                    Expected(V, "0", "[value]", block=(16, 20)),
+                    Expected(Q, "0", "[query]", rows=range(12)),
+                    Expected(K, "0", "[key]", rows=range(12, 16)),
+                    Expected(V, "0", "[value]", rows=range(16, 20)),
                 ),
             ),
             "transformer.h.0.attn.c_proj.weight": ((12, 12), one(O, "0")),
             "transformer.h.0.mlp.c_fc.weight": ((48, 12), one(UP, "0")),
         },
     ),
-    "gpt_bigcode multi-head stays whole": Family(
+    "gpt_bigcode multi-head": Family(
         {"model_type": "gpt_bigcode", "multi_query": False, "n_head": 3},
-        {"transformer.h.0.attn.c_attn.weight": ((36, 12), one("QKV", "0"))},
+        {"transformer.h.0.attn.c_attn.weight": ((36, 12), per_head("0", 3, 4))},
     ),
-    "gpt-neox interleaved stays whole": Family(
-        {"model_type": "gpt_neox", "num_attention_heads": 3},
+    "gpt-neox without config stays whole": Family(
+        {}, {"gpt_neox.layers.0.attention.query_key_value.weight": ((36, 12), one("QKV", "0"))}
+    ),
+    "an unknown family's fused matrix stays whole": Family(
+        {"model_type": "nobody_knows", "num_attention_heads": 4, "num_key_value_heads": 2},
         {
-            "gpt_neox.layers.0.attention.query_key_value.weight": ((36, 12), one("QKV", "0")),
+            "model.layers.0.self_attn.qkv_proj.weight": ((32, 16), one("QKV", "0")),
+            "model.layers.0.attention.wqkv.weight": ((32, 16), one("QKV", "0")),
+        },
+    ),
+    "gpt-neox": Family(
+        {"model_type": "gpt_neox", "num_attention_heads": 3, "hidden_size": 12},
+        {
+            "gpt_neox.layers.0.attention.query_key_value.weight": ((36, 12), per_head("0", 3, 4)),
             "gpt_neox.layers.0.attention.dense.weight": ((12, 12), one(O, "0")),
             "gpt_neox.layers.0.mlp.dense_h_to_4h.weight": ((48, 12), one(UP, "0")),
             "gpt_neox.layers.0.mlp.dense_4h_to_h.weight": ((12, 48), one(DOWN, "0")),
@@ -206,14 +231,14 @@ FAMILIES: dict[str, Family] = {
             "model.layers.0.self_attn.qkv_proj.weight": (
                 (32, 16),
                 (
-                    Expected(Q, "0", "[query]", block=(0, 16)),
-                    Expected(K, "0", "[key]", block=(16, 24)),
-                    Expected(V, "0", "[value]", block=(24, 32)),
+                    Expected(Q, "0", "[query]", rows=range(16)),
+                    Expected(K, "0", "[key]", rows=range(16, 24)),
+                    Expected(V, "0", "[value]", rows=range(24, 32)),
                 ),
             ),
             "model.layers.0.mlp.gate_up_proj.weight": (
                 (48, 16),
-                (Expected(GATE, "0", "[gate]", block=(0, 24)), Expected(UP, "0", "[up]", block=(24, 48))),
+                (Expected(GATE, "0", "[gate]", rows=range(24)), Expected(UP, "0", "[up]", rows=range(24, 48))),
             ),
         },
     ),
@@ -224,11 +249,10 @@ FAMILIES: dict[str, Family] = {
     "mixtral experts": Family(
         {"model_type": "mixtral"},
         {
-            "model.layers.0.block_sparse_moe.gate.weight": ((4, 16), one(OTHER, "0")),
-            "model.layers.0.block_sparse_moe.experts.0.w1.weight": ((24, 16), one(GATE, "0")),
-            "model.layers.0.block_sparse_moe.experts.0.w2.weight": ((16, 24), one(DOWN, "0")),
-            "model.layers.0.block_sparse_moe.experts.0.w3.weight": ((24, 16), one(UP, "0")),
-            "model.layers.0.mlp.experts.gate_up_proj": ((2, 48, 16), SKIP),
+            "model.layers.0.block_sparse_moe.gate.weight": ((4, 16), one(ROUTER, "0")),
+            "model.layers.0.block_sparse_moe.experts.0.w1.weight": ((24, 16), one(GATE, "0", expert=0)),
+            "model.layers.0.block_sparse_moe.experts.0.w2.weight": ((16, 24), one(DOWN, "0", expert=0)),
+            "model.layers.0.block_sparse_moe.experts.13.w3.weight": ((24, 16), one(UP, "0", expert=13)),
         },
     ),
     "t5": Family({"model_type": "t5"}, t5(gated=False)),

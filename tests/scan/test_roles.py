@@ -1,51 +1,58 @@
-"""Every name of every family is read as the role, layer and orientation it has."""
+"""Every name of every family is read as the role, layer, orientation and rows it has."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Mapping
 
-import numpy as np
 import pytest
 import torch
 
-from orthofast.scan import scan_checkpoint
-from orthofast.scan.roles import Roles
-from tests.scan.checkpoints import FAMILIES, Family, make_tensors, numpy_pii, write
+from orthofast.scan.matrices import Matrix, holds_matrices, matrices_of
+from orthofast.scan.roles import Reading, Roles
+from tests.scan.checkpoints import FAMILIES, Family, make_tensors
+
+
+def is_skipped(shape: tuple[int, ...], reading: Reading) -> bool:
+    vector = len(shape) < 2 or (len(shape) > 2 and math.prod(shape[:-1]) == 1)
+    return reading.skip is not None or vector or not holds_matrices(shape, reading)
+
+
+def read(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]) -> dict[str, list[Matrix]]:
+    roles = Roles(shapes, config)
+    found = {}
+    for name, shape in shapes.items():
+        reading = roles.read(name, shape)
+        found[name] = [] if is_skipped(shape, reading) else list(matrices_of(name, shape, reading))
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-def test_names_get_their_role_layer_and_vectors(family: Family, tmp_path: Path) -> None:
+def test_names_get_their_role_layer_and_rows(family: Family) -> None:
     tensors = make_tensors(family)
-    result = scan_checkpoint(write(tmp_path / "m", tensors, family.config))
-    rows = {(row.name, row.vectors): row for row in result.rows}
-    skipped = {entry.name for entry in result.skipped}
-    seen = set()
-    for name, (_, expected) in family.tensors.items():
-        if expected is None:
-            assert name in skipped
-            continue
-        assert name not in skipped
-        for matrix in expected:
-            weight = tensors[name].double().numpy()
-            if weight.ndim == 3 and weight.shape[0] == 1:
+    found = read({name: shape for name, (shape, _) in family.tensors.items()}, family.config)
+    for name, (shape, expected) in family.tensors.items():
+        assert len(found[name]) == len(expected or ()), name
+        for matrix, wanted in zip(found[name], expected or (), strict=True):
+            weight = tensors[name]
+            assert (matrix.name, matrix.role, matrix.layer) == (name + wanted.label, wanted.role, wanted.layer)
+            assert matrix.expert == wanted.expert
+            if wanted.expert is not None and f"[{wanted.expert}]" in wanted.label:
+                weight = weight.reshape(family.experts, -1, shape[-1])[wanted.expert]
+            if weight.dim() == 3 and weight.shape[0] == 1:
                 weight = weight[0]
-            weight = weight.T if matrix.in_out else weight.reshape(len(weight), -1)
-            weight = weight[slice(*matrix.block)] if matrix.block else weight
-            for side, vectors in (("rows", weight), ("cols", weight.T)):
-                row = rows[name + matrix.label, side]
-                seen.add((row.name, side))
-                assert (row.role, row.layer, row.error) == (matrix.role, matrix.layer, None)
-                assert (row.n, row.d) == vectors.shape
-                assert row.pii == pytest.approx(numpy_pii(vectors), abs=2e-7)
-    assert seen == set(rows)  # nothing was invented
-    assert len(result.skipped) + sum(1 for _, e in family.tensors.values() if e) == len(family.tensors)
-
-
-def test_gpt2_orientation_matters() -> None:
-    """The two readings of a Conv1D differ on this data, so the family test above can fail."""
-    tensors = make_tensors(FAMILIES["gpt2"])
-    square = tensors["transformer.h.3.attn.c_proj.weight"].double().numpy()
-    assert abs(numpy_pii(square) - numpy_pii(square.T)) > 1e-3
+            weight = weight.T if wanted.in_out else weight.flatten(1)
+            weight = weight if wanted.rows is None else weight[list(wanted.rows)]
+            assert torch.equal(matrix.view(tensors[name]), weight), name
+            assert matrix.sizes("rows") == tuple(weight.shape)
+            assert matrix.sizes("cols") == tuple(weight.T.shape)
+            if wanted.heads is not None:
+                assert matrix.heads == wanted.heads, name
+            if not matrix.copies:
+                assert (
+                    matrix.view(tensors[name]).untyped_storage().data_ptr()
+                    == tensors[name].untyped_storage().data_ptr()
+                )
 
 
 def test_square_c_proj_follows_the_model_type() -> None:
@@ -83,28 +90,3 @@ def test_layers_are_numbered_apart_only_where_there_are_several_stacks(
     shapes = {f"{name}.weight": (8, 8) for name in layers}
     roles = Roles(shapes, {})
     assert tuple(roles.read(name, shape).layer for name, shape in shapes.items()) == expected
-
-
-def test_up_is_the_table_cell_and_gate_is_reported(tmp_path: Path) -> None:
-    family = FAMILIES["llama"]
-    tensors = make_tensors(family)
-    result = scan_checkpoint(write(tmp_path, tensors, family.config))
-    up = tensors["model.layers.0.mlp.up_proj.weight"].numpy()
-    gate = tensors["model.layers.0.mlp.gate_proj.weight"].numpy()
-    assert result.table5("rows").cells["0", "Linear_1.weight"] == pytest.approx(numpy_pii(up), abs=2e-7)
-    assert {r.name: r.pii for r in result.rows if r.vectors == "cols"}[
-        "model.layers.0.mlp.gate_proj.weight"
-    ] == pytest.approx(numpy_pii(gate.T), abs=2e-7)
-    assert abs(numpy_pii(up) - numpy_pii(gate)) > 1e-4
-
-
-def test_the_mean_over_experts_fills_a_cell(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    tensors = {
-        f"model.layers.0.block_sparse_moe.experts.{i}.w3.weight": torch.from_numpy(generator.normal(size=(9, 6)) + i)
-        for i in range(3)
-    }
-    result = scan_checkpoint(write(tmp_path, tensors))
-    mean = sum(numpy_pii(t.numpy()) for t in tensors.values()) / 3
-    assert result.table5("rows").cells["0", "Linear_1.weight"] == pytest.approx(mean, abs=1e-12)
-    assert result.table5("rows").footer["Linear_1.weight"].count == 3
