@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orthofast.training.analysis import conditioning
+    from orthofast.training.batchnorms import RegularizationReport, bn_regularization
     from orthofast.training.factors import Factors
+    from orthofast.training.gap import GapReport, representation_gaps
     from orthofast.training.init import delta_orthogonal_, orthogonal_for_, orthogonalize_
     from orthofast.training.layers import Layer, Layers, Skipped, find_layers
     from orthofast.training.losses import (
@@ -35,6 +37,7 @@ __all__ = [
     "Csv",
     "Factors",
     "FramePotential",
+    "GapReport",
     "JsonLines",
     "Layer",
     "LayerConditioning",
@@ -43,12 +46,14 @@ __all__ = [
     "MeanAbsCosine",
     "Monitor",
     "MutualCoherence",
+    "RegularizationReport",
     "Report",
     "Skipped",
     "SoftOrthogonality",
     "TensorBoard",
     "WandB",
     "add_penalty_grad_",
+    "bn_regularization",
     "conditioning",
     "conv_orthogonality_loss",
     "delta_orthogonal_",
@@ -58,6 +63,7 @@ __all__ = [
     "orthogonal_for_",
     "orthogonalize_",
     "pii_loss",
+    "representation_gaps",
     "soft_orthogonality_loss",
 ]
 
@@ -67,6 +73,7 @@ _HOME = {
     "Csv": "sinks",
     "Factors": "factors",
     "FramePotential": "losses",
+    "GapReport": "gap",
     "JsonLines": "sinks",
     "Layer": "layers",
     "LayerConditioning": "report",
@@ -75,6 +82,7 @@ _HOME = {
     "MeanAbsCosine": "losses",
     "Monitor": "monitor",
     "MutualCoherence": "losses",
+    "RegularizationReport": "batchnorms",
     "Report": "report",
     "SRIP": "srip",
     "Skipped": "layers",
@@ -82,6 +90,7 @@ _HOME = {
     "TensorBoard": "sinks",
     "WandB": "sinks",
     "add_penalty_grad_": "losses",
+    "bn_regularization": "batchnorms",
     "conditioning": "analysis",
     "conv_orthogonality_loss": "losses",
     "delta_orthogonal_": "init",
@@ -91,6 +100,7 @@ _HOME = {
     "orthogonal_for_": "init",
     "orthogonalize_": "init",
     "pii_loss": "losses",
+    "representation_gaps": "gap",
     "soft_orthogonality_loss": "losses",
 }
 
