@@ -1,192 +1,134 @@
-"""Run a plan: read tensors ahead of the fold, fold batches of matrices, keep memory bounded.
-
-Memory: the batch being folded and the batch being read, each ``plan.BATCH_BYTES`` or one larger tensor.
-"""
+"""Run groups of weights through decoding and folding; on a device the next group is folded while values come back."""
 
 from __future__ import annotations
 
-import math
-import os
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from orthofast.errors import CheckpointError
-from orthofast.kernels import dispatch, gram_stats_many
-from orthofast.kernels.contract import make_request
-from orthofast.metrics.coherence import isotropic_baseline, pii_from
-from orthofast.records import GramStats
-from orthofast.scan.catalog import TORCH_DTYPES, Extent, Fault
 from orthofast.scan.decoders import decode
-from orthofast.scan.matrices import Matrix
-from orthofast.scan.plan import Item, Plan
+from orthofast.scan.devices import Device
+from orthofast.scan.engines import Engine, Group
+from orthofast.scan.folding import Fetch, Folder, Job, calls, error_row, is_shortage, jobs_of
+from orthofast.scan.plan import Item
 from orthofast.scan.result import Row
-from orthofast.scan.roles import Reading
-from orthofast.scan.weights import Weight
 
-READ_BYTES = 16 << 20  # one positional read
+IN_FLIGHT = 1  # groups whose values are still on their way from a device
 
 Progress = Callable[[int, int, str], None]
+Finished = Callable[[Item, list[Row]], None]
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What running a plan gives: rows, the backends that served, and seconds spent."""
+class _Folded:
+    """A group whose folds were started."""
 
-    rows: list[Row] = field(default_factory=list)
-    backends: set[str] = field(default_factory=set)
-    read_s: float = 0.0
-    fold_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Batch:
-    items: list[Item]
-    tensors: list[Tensor | CheckpointError]
-    seconds: float
+    group: Group
+    rows: dict[int, list[Row]] = field(default_factory=dict)  # by index of the weight
+    fetches: list[Fetch] = field(default_factory=list)
 
 
 def run(
-    plan: Plan, *, precision: str = "auto", backend: str | None = None, progress: Progress | None = None
-) -> Outcome:
-    """Measure every matrix of a plan.
+    batches: Iterable[list[Item]], engine: Engine, folder: Folder, finished: Finished, device: Device | None = None
+) -> None:
+    """Measure batches of weights, in order.
 
     Args:
-        plan: from ``make_plan``.
-        precision: as in ``gram_stats``.
-        backend: as in ``gram_stats``.
-        progress: called with (bytes done, bytes in all, name of the latest tensor).
+        batches: drawn as memory allows, a few ahead of the fold.
+        engine: brings them to where they are folded.
+        folder: folds them.
+        finished: called with each weight and its rows, from the caller's thread.
+        device: where the folds run, None for the processor.
 
     Raises:
         InputError: if precision is none of the known ones.
         BackendError: if the named backend cannot serve.
     """
-    outcome = Outcome(rows=[row for fault, reading in plan.faults for row in _fault_rows(fault, reading, plan.sides)])
-    done = 0
-    for batch in _read_ahead(plan):
-        started = time.perf_counter()
-        good = [(item, t) for item, t in zip(batch.items, batch.tensors, strict=True) if isinstance(t, Tensor)]
-        for item, tensor in zip(batch.items, batch.tensors, strict=True):
-            if not isinstance(tensor, Tensor):
-                for matrix in item.matrices:
-                    fault = Fault(matrix.name, str(tensor), matrix.sizes("rows"))
-                    outcome.rows += _fault_rows(fault, Reading(matrix.role, matrix.layer), plan.sides)
-        _fold(good, plan.sides, precision, backend, outcome)
-        outcome.fold_s += time.perf_counter() - started
-        outcome.read_s += batch.seconds
-        done += sum(item.weight.nbytes for item in batch.items)
-        if progress is not None:
-            progress(done, plan.nbytes, batch.items[-1].weight.name)
-    return outcome
+    flight: deque[_Folded] = deque()
+    for group in engine.groups(batches):
+        if group is None:  # no memory for the next one
+            _harvest(flight.popleft(), engine, folder, finished)
+            continue
+        flight.append(_fold(group, folder, finished, device))
+        while len(flight) > (0 if device is None else IN_FLIGHT):
+            _harvest(flight.popleft(), engine, folder, finished)
+    while flight:
+        _harvest(flight.popleft(), engine, folder, finished)
 
 
-def read_extent(descriptor: int, extent: Extent) -> Tensor:
-    """One tensor's values, read by position into memory of its own.
+def _fold(group: Group, folder: Folder, finished: Finished, device: Device | None) -> _Folded:
+    """Start the folds of a group; on the processor they are done on return, and reported one call at a time."""
+    folded = _Folded(group)
+    jobs: list[Job] = []
+    for index, (item, parts) in enumerate(zip(group.items, group.parts, strict=True)):
+        if isinstance(parts, CheckpointError):
+            folded.rows[index] = _failed(item, str(parts), folder)
+        else:
+            folded.rows[index] = []
+            jobs += jobs_of(item, folder.settings, index)
+    reported = 0
+    for call in calls(jobs, device):
+        weights: dict[int, Tensor] = {}
+        for index in dict.fromkeys(job.item for job in call):
+            found = _decoded(group, index, device)
+            if isinstance(found, Tensor):
+                weights[index] = found
+            else:
+                folded.rows[index] = _failed(group.items[index], found, folder)
+        ready = [job for job in call if job.item in weights]
+        if ready:
+            folded.fetches += folder.start(ready, weights)
+        if device is None:
+            _gather(folded, folder)
+            through = call[-1].item + 1
+            _report(folded, finished, reported, through)
+            reported = through
+    if device is None:
+        _report(folded, finished, reported, len(group.items))
+    return folded
 
-    Raises:
-        CheckpointError: if the file ends early or cannot be read, or memory is short.
-    """
-    try:
-        buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
-    except (MemoryError, RuntimeError):
-        raise CheckpointError(
-            f"{extent.file.name}: no memory for the {extent.nbytes} bytes of {extent.name!a}"
-        ) from None
-    view = buffer.numpy().data  # a memoryview of the same bytes
-    at = 0
-    while at < extent.nbytes:
+
+def _harvest(folded: _Folded, engine: Engine, folder: Folder, finished: Finished) -> None:
+    """Wait for a group's values, give its memory back and report what was not reported yet."""
+    _gather(folded, folder)
+    engine.release(folded.group)
+    _report(folded, finished, 0, len(folded.group.items))
+
+
+def _gather(folded: _Folded, folder: Folder) -> None:
+    for fetch in folded.fetches:
+        for job, rows in folder.rows(fetch):
+            folded.rows[job.item] += rows
+    folded.fetches.clear()
+
+
+def _report(folded: _Folded, finished: Finished, start: int, stop: int) -> None:
+    for index in range(start, stop):
+        rows = folded.rows.pop(index, None)
+        if rows is not None:
+            finished(folded.group.items[index], rows)
+
+
+def _decoded(group: Group, index: int, device: Device | None) -> Tensor | str:
+    """A weight's values, or why there are none."""
+    item, parts = group.items[index], group.parts[index]
+    assert not isinstance(parts, CheckpointError)
+    for _ in range(2):
         try:
-            count = os.preadv(descriptor, [view[at : at + READ_BYTES]], extent.offset + at)
-        except OSError as error:
-            raise CheckpointError(f"{extent.file.name} cannot be read at {extent.name!a}: {error.strerror}") from None
-        if count == 0:
-            raise CheckpointError(f"{extent.file.name} became shorter while it was read: {extent.name!a} is incomplete")
-        at += count
-    return buffer.view(TORCH_DTYPES[extent.dtype]).view(extent.shape)
+            return decode(item.weight, parts)
+        except CheckpointError as error:
+            return str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            if device is None:
+                break
+            device.relieve()
+    return f"{item.weight.first.file.name}: no memory to decode {item.weight.name!a}"
 
 
-def _read_ahead(plan: Plan) -> Iterator[_Batch]:
-    """Batches in order; one thread reads the next while the last is folded."""
-    with ExitStack() as opened, ThreadPoolExecutor(1, thread_name_prefix="orthofast-read") as reader:
-        descriptors: dict[str, int | CheckpointError] = {}
-
-        def read(items: list[Item]) -> _Batch:
-            started = time.perf_counter()
-            tensors = [_read(item.weight, descriptors, opened) for item in items]
-            return _Batch(items, tensors, time.perf_counter() - started)
-
-        pending: Future[_Batch] | None = None
-        for items in plan.batches():
-            following = reader.submit(read, items)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
-
-
-def _read(weight: Weight, descriptors: dict[str, int | CheckpointError], opened: ExitStack) -> Tensor | CheckpointError:
-    try:
-        parts = {role: read_extent(_open(extent, descriptors, opened), extent) for role, extent in weight.parts.items()}
-        return decode(weight, parts)
-    except CheckpointError as error:
-        return error
-
-
-def _open(extent: Extent, descriptors: dict[str, int | CheckpointError], opened: ExitStack) -> int:
-    key = str(extent.file)
-    if key not in descriptors:
-        try:
-            descriptor = os.open(extent.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            opened.callback(os.close, descriptor)
-            descriptors[key] = descriptor
-        except OSError as error:
-            descriptors[key] = CheckpointError(f"{extent.file.name} cannot be read: {error.strerror}")
-    found = descriptors[key]
-    if isinstance(found, CheckpointError):
-        raise found
-    return found
-
-
-def _fold(
-    read: list[tuple[Item, Tensor]], sides: tuple[str, ...], precision: str, backend: str | None, outcome: Outcome
-) -> None:
-    jobs: list[tuple[Matrix, str, Tensor]] = []
-    for item, tensor in read:
-        for matrix in item.matrices:
-            view = matrix.view(tensor)  # (out, in)
-            jobs += [(matrix, side, view if side == "rows" else view.T) for side in sides]
-    vectors = [x for _, _, x in jobs]
-    outcome.backends |= {dispatch.choose(make_request(x, precision=precision), backend).NAME for x in vectors}
-    records = gram_stats_many(vectors, precision=precision, backend=backend)
-    outcome.rows += [_row(matrix, side, record) for (matrix, side, _), record in zip(jobs, records, strict=True)]
-
-
-def _row(matrix: Matrix, side: str, record: GramStats) -> Row:
-    n, d = matrix.sizes(side)
-    zero, nonfinite = int(record.zero.item()), int(record.nonfinite.item())
-    baseline = isotropic_baseline(d)
-    row = Row(matrix.name, matrix.layer, matrix.role, side, n, d, None, baseline, None, zero, nonfinite, None)
-    if nonfinite:
-        row.error = f"{nonfinite} of {n} vectors hold NaN or Inf"
-        return row
-    pii = float(pii_from(record).item())
-    if math.isfinite(pii):  # NaN: fewer than two vectors that are not zero
-        row.pii, row.ratio = pii, pii / baseline
-    return row
-
-
-def _fault_rows(fault: Fault, reading: Reading, sides: tuple[str, ...]) -> list[Row]:
-    role = reading.role or None
-    rows = []
-    for side in sides:
-        n, d = (None, None) if fault.shape is None or len(fault.shape) != 2 else fault.shape
-        if side == "cols" or reading.transposed:
-            n, d = (n, d) if side == "cols" and reading.transposed else (d, n)
-        rows.append(Row(fault.name, reading.layer, role, side, n, d, None, None, None, None, None, fault.error))
-    return rows
+def _failed(item: Item, error: str, folder: Folder) -> list[Row]:
+    return [error_row(matrix, side, error) for matrix in item.matrices for side in folder.settings.sides]

@@ -5,27 +5,155 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
 import numpy
 import torch
 
-from orthofast.scan.pipeline import Progress, run
-from orthofast.scan.plan import Plan, layer_order, natural
-from orthofast.scan.result import Row, ScanResult, Skipped
-from orthofast.scan.roles import ROLES
+from orthofast.kernels import Sample, dispatch
+from orthofast.kernels.contract import make_request
+from orthofast.kernels.sampling import checked_sample
+from orthofast.scan.budgets import batches, budget_for, open_engine
+from orthofast.scan.copies import find_copies
+from orthofast.scan.devices import Device, open_device
+from orthofast.scan.folding import BINS, Folder, Settings
+from orthofast.scan.journal import Journal
+from orthofast.scan.options import ScanOptions
+from orthofast.scan.pipeline import Finished, Progress, run
+from orthofast.scan.plan import Item, Plan
+from orthofast.scan.result import Row, ScanResult
+from orthofast.scan.tally import Tally
+
+
+class Interrupted(KeyboardInterrupt):
+    """A scan was interrupted (Ctrl-C); what it had measured is kept.
+
+    Attributes:
+        result: rows of all weights that were finished; the others are listed as skipped.
+    """
+
+    def __init__(self, result: ScanResult) -> None:
+        super().__init__("the scan was interrupted")
+        self.result = result
+
+
+@dataclass(slots=True)
+class _Spent:
+    started: float = field(default_factory=time.perf_counter)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    read_s: float = 0.0
+    fold_s: float = 0.0
+    wait_s: float = 0.0
+    reused: int = 0
+    measured: int = 0
+    backends: set[str] = field(default_factory=set)
 
 
 def measure(
-    plan: Plan, *, precision: str = "auto", backend: str | None = None, progress: Progress | None = None
+    plan: Plan,
+    *,
+    precision: str = "auto",
+    backend: str | None = None,
+    heads: bool = False,
+    sample: int | Sample | None = None,
+    device: str | torch.device | None = None,
+    options: ScanOptions | None = None,
+    progress: Progress | None = None,
 ) -> ScanResult:
-    """Run a plan, order its rows and add the provenance; arguments and errors as in ``pipeline.run``."""
-    started = time.perf_counter()
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    outcome = run(plan, precision=precision, backend=backend, progress=progress)
+    """Measure every matrix of a plan, order the rows and add the provenance.
+
+    Args:
+        plan: from ``make_plan``.
+        precision: as in ``gram_stats``.
+        backend: as in ``gram_stats``.
+        heads: also each attention head by itself.
+        sample: estimate each PII from about this many random pairs; an int, or a ``Sample`` with a seed.
+        device: where the folds run, such as "cuda"; None for the processor.
+        options: memory, journal and what else is asked for seldom.
+        progress: called with (bytes done, bytes in all, name of the latest weight), from the caller's thread.
+
+    Raises:
+        InputError: if an argument cannot be used.
+        BackendError: if the named backend cannot serve.
+        Interrupted: instead of KeyboardInterrupt, with what was measured until then.
+    """
+    spent, options = _Spent(), options or ScanOptions()
+    settings = Settings(
+        plan.sides,
+        heads=heads,
+        sample=None if sample is None else checked_sample(sample),
+        detail=options.detail,
+        precision=precision,
+        backend=backend,
+    )
+    place = open_device(device)
+    memory = plan.catalog.memory
+    tally = Tally(plan, {})
+    try:
+        with ExitStack() as opened:
+            tally = Tally(plan, find_copies(plan.items, memory))
+            journal = None
+            if options.journal is not None:
+                journal = Journal(options.journal, _identity(settings, place), memory=memory, resume=options.resume)
+                opened.callback(journal.close)
+                for item in tally.missing:
+                    rows = journal.rows(item)
+                    if rows is not None:
+                        tally.add(item, rows)
+                        spent.reused += 1
+
+            def finished(item: Item, rows: list[Row]) -> None:
+                if journal is not None:
+                    journal.add(item, rows)
+                tally.add(item, rows)
+                spent.measured += 1
+                if progress is not None:
+                    progress(tally.done_bytes, plan.nbytes, item.weight.name)
+
+            missing = tally.missing
+            if missing:
+                _run(missing, plan, settings, options, place, spent, finished)
+    except KeyboardInterrupt:
+        raise Interrupted(_result(plan, tally, settings, place, spent)) from None
+    return _result(plan, tally, settings, place, spent)
+
+
+def _run(
+    items: Sequence[Item],
+    plan: Plan,
+    settings: Settings,
+    options: ScanOptions,
+    device: Device | None,
+    spent: _Spent,
+    finished: Finished,
+) -> None:
+    """Measure some of a plan's weights; what was spent is known even where this ends early."""
+    with nullcontext() if device is None else device.scope():
+        free = None if device is None else device.free_bytes()
+        budget = budget_for((item.weight for item in plan.items), options, free)
+        engine = open_engine(budget, options, plan.catalog.memory, device)
+        folder = Folder(settings, device)
+        began = time.perf_counter()
+        try:
+            run(batches(items, budget), engine, folder, finished, device)
+        finally:
+            engine.close()
+            spent.fold_s += folder.fold_s
+            spent.read_s += engine.read_s
+            spent.wait_s += time.perf_counter() - began - folder.fold_s
+            spent.backends |= folder.backends
+
+
+def _result(plan: Plan, tally: Tally, settings: Settings, device: Device | None, spent: _Spent) -> ScanResult:
     catalog = plan.catalog
+    sample = settings.sample
     provenance: dict[str, object] = {
         "checkpoint": catalog.root.absolute().name or str(catalog.root),
+        "format": catalog.format,
+        "revision": catalog.revision,
         "versions": versions(),
         "platform": platform.platform(),
         "cpu": {
@@ -33,17 +161,49 @@ def measure(
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
         },
-        "backends": sorted(outcome.backends),
+        "device": device_name(device),
+        "backends": sorted(spent.backends),
         "files": [{"name": file.name, "nbytes": size} for file, size in catalog.files.items()],
         "config": {"model_type": catalog.config.get("model_type"), "sha256": catalog.config_digest},
-        "precision": precision,
+        "precision": settings.precision,
         "vectors": list(plan.sides),
+        "heads": settings.heads,
+        "sample": None if sample is None else {"pairs": sample.pairs, "seed": sample.seed},
+        "detail": settings.detail,
         "notes": list(catalog.notes),
-        "timings": {"read_s": outcome.read_s, "fold_s": outcome.fold_s, "total_s": time.perf_counter() - started},
-        "date": date,
+        "weights": {"measured": spent.measured, "reused": spent.reused, "missing": len(tally.missing)},
+        "timings": {
+            "read_s": spent.read_s,
+            "fold_s": spent.fold_s,
+            "wait_s": spent.wait_s,
+            "total_s": time.perf_counter() - spent.started,
+        },
+        "date": spent.date,
     }
-    rows = sorted(outcome.rows, key=_order)
-    return ScanResult(rows, [Skipped(name, reason) for name, reason in plan.skipped], provenance)
+    return ScanResult(tally.rows(), tally.skipped(), provenance)
+
+
+def _identity(settings: Settings, device: Device | None) -> dict[str, object]:
+    """All that decides a number beside the stored bytes: options, versions, and the code that folds."""
+    place = "cpu" if device is None else device.device
+    folds = [
+        [line.backend, line.serves, line.reason]
+        for dtype in (torch.float32, torch.bfloat16)
+        for line in dispatch.explain(make_request(torch.ones(2, 2, dtype=dtype, device=place)))
+    ]
+    return {
+        "settings": asdict(settings),
+        "bins": BINS,
+        "backend": dispatch.forced(settings.backend),
+        "device": device_name(device),
+        "folds": folds,
+        "versions": versions(),
+    }
+
+
+def device_name(device: Device | None) -> str:
+    """What folds: the processor, or a GPU by name."""
+    return "cpu" if device is None else device.name
 
 
 def versions() -> dict[str, str]:
@@ -62,9 +222,3 @@ def own_version() -> str:
         return importlib.metadata.version("orthofast")
     except importlib.metadata.PackageNotFoundError:
         return "0+source"
-
-
-def _order(row: Row) -> tuple[object, ...]:
-    """Layers first, top to bottom, then what lies outside; the same every time."""
-    role = ROLES.index(row.role) if row.role in ROLES else len(ROLES)
-    return row.layer is None, layer_order(row.layer or ""), role, natural(row.name), row.vectors != "rows"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from orthofast.errors import CheckpointError
-from orthofast.scan import pipeline, scan_checkpoint
+from orthofast.scan import reading, scan_checkpoint
 from orthofast.scan.plan import make_plan
 from orthofast.scan.provenance import measure
 from orthofast.scan.readers.checkpoint import open_checkpoint
@@ -301,7 +301,7 @@ def test_nothing_to_read_is_one_sentence(name: str, word: str, tmp_path: Path) -
 
 def test_a_folder_with_only_pickles_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin; convert"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin starts neither.*convert"):
         scan_checkpoint(tmp_path)
 
 
@@ -321,7 +321,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file = tmp_path / "sound.safetensors"
     file.write_bytes(pack(header()))
     whole = scan_checkpoint(file, vectors="rows")
-    monkeypatch.setattr(pipeline, "READ_BYTES", 7)
+    monkeypatch.setattr(reading, "READ_BYTES", 7)
     assert [row.pii for row in scan_checkpoint(file, vectors="rows").rows] == [row.pii for row in whole.rows]
 
 

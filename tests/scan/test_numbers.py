@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from orthofast.errors import BackendError, InputError
-from orthofast.scan import plan as planning
 from orthofast.scan import scan_checkpoint
 from orthofast.scan.readers.checkpoint import open_checkpoint
 from tests.scan.checkpoints import FAMILIES, make_tensors, numpy_pii, write, write_shards
@@ -77,30 +76,6 @@ def test_one_of_several_copies_in_a_folder_is_taken(tmp_path: Path) -> None:
     save_file({"a.weight": torch.randn(4, 4)}, tmp_path / "model.safetensors")
     save_file({"b.weight": torch.randn(4, 4)}, tmp_path / "consolidated.safetensors")
     assert {row.name for row in scan_checkpoint(tmp_path).rows} == {"a.weight"}
-
-
-def test_small_batches_give_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = make_tensors(FAMILIES["llama"])
-    whole = scan_checkpoint(write(tmp_path, tensors))
-    monkeypatch.setattr(planning, "BATCH_BYTES", 1)
-    progress: list[tuple[int, int, str]] = []
-    found = scan_checkpoint(tmp_path, progress=lambda *now: progress.append(now))
-    assert [row.pii for row in found.rows] == [row.pii for row in whole.rows]
-    done = [now[0] for now in progress]
-    assert len(progress) > 10
-    assert done == sorted(done)
-    assert done[-1] == progress[-1][1] == sum(t.numel() * 4 for n, t in tensors.items() if t.dim() == 2)
-
-
-def test_no_batch_exceeds_the_bound_unless_one_tensor_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "BATCH_BYTES", 4000)
-    sizes = (5, 10, 30, 50, 7, 8, 9)
-    save_file({f"{i}.weight": torch.randn(n, 10) for i, n in enumerate(sizes)}, tmp_path / "model.safetensors")
-    plan = planning.make_plan(open_checkpoint(tmp_path))
-    batches = [[item.weight.nbytes for item in batch] for batch in plan.batches()]
-    assert sum(map(len, batches)) == len(sizes)
-    assert all(sum(batch) <= 4000 or len(batch) == 1 for batch in batches)
-    assert len(batches) < len(sizes)
 
 
 def test_baseline_and_ratio(tmp_path: Path) -> None:
