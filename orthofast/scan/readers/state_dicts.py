@@ -42,7 +42,11 @@ def model_tensors(
         key = next((key for key in WRAPPERS if _holds_tensors(found.get(key), leaf, empty)), None)
         if key is None:
             break
-        others = [_word(other) for other, value in found.items() if other != key and _holds_tensors(value, leaf, empty)]
+        others = [
+            _word(other)
+            for other, value in found.items()
+            if other != key and (isinstance(value, leaf) or _holds_tensors(value, leaf, empty))
+        ]
         if others:
             notes.append(f"the tensors under {key!r} are the model; left out: {listed(others)}")
         found = found[key]
