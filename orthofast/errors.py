@@ -17,3 +17,7 @@ class BackendError(OrthofastError, RuntimeError):
 
 class CheckpointError(OrthofastError):
     """A checkpoint cannot be read; the message names the file."""
+
+
+class MissingPackageError(OrthofastError, ImportError):
+    """An optional package is needed and not installed; the message says which and how to install it."""

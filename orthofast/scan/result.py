@@ -1,25 +1,41 @@
-"""What a scan found: rows, what was skipped, provenance; and its forms as table, JSON, CSV, Markdown and HTML."""
+"""What a scan found: rows, what was skipped, provenance; and its forms: JSON, CSV, Markdown, Parquet, page, plots."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
 import os
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from orthofast.errors import InputError
-from orthofast.scan import report
-from orthofast.scan.plan import layer_order
-from orthofast.scan.roles import ROLES, TABLE5
+from orthofast.scan import charts, frames, report
+from orthofast.scan.comparison import Comparison, versions_of
+from orthofast.scan.document import SCHEMA_VERSION, finite, parse
+from orthofast.scan.output import write_whole
+from orthofast.scan.roles import TABLE5
+from orthofast.scan.tables import (
+    Spread,
+    Table5,
+    body_lines,
+    footer_lines,
+    markdown_table,
+    number,
+    roles_in,
+    spread_of,
+    table5_of,
+    whole,
+)
 
-SCHEMA_VERSION = 1
-SUFFIXES = (".json", ".csv", ".html", ".md")
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["FIELDS", "SCHEMA_VERSION", "SUFFIXES", "Row", "ScanResult", "Skipped", "Spread", "Table5", "form_of"]
+
+SUFFIXES = (".json", ".csv", ".parquet", ".md", ".html", ".png", ".svg")
 
 
 @dataclass(slots=True)
@@ -86,38 +102,6 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Mean, smallest and largest of some values, how many they are, and the mean baseline beside them."""
-
-    mean: float
-    min: float
-    max: float
-    count: int
-    baseline: float
-
-
-@dataclass(frozen=True, slots=True)
-class Table5:
-    """One side in the layout of Lu et al. 2024, Table 5.
-
-    Attributes:
-        vectors: "rows" or "cols".
-        columns: roles that occur, in the paper's order.
-        layers: rows from top to bottom.
-        cells: (layer, role) -> PII; the mean where a layer has several matrices of a role (experts).
-        ratios: (layer, role) -> PII over baseline.
-        footer: role -> spread over the layers.
-    """
-
-    vectors: str
-    columns: tuple[str, ...]
-    layers: tuple[str, ...]
-    cells: dict[tuple[str, str], float]
-    ratios: dict[tuple[str, str], float]
-    footer: dict[str, Spread]
-
-
 @dataclass(slots=True)
 class ScanResult:
     """Everything one scan found.
@@ -137,60 +121,94 @@ class ScanResult:
         """Rows that carry an error."""
         return [row for row in self.rows if row.error is not None]
 
+    @property
+    def sampled(self) -> bool:
+        """Whether some value is an estimate from a sample of the pairs."""
+        return any(row.standard_error is not None for row in self.rows)
+
     def sides(self) -> tuple[str, ...]:
         """Which of "rows" and "cols" were measured."""
         return tuple(side for side in ("rows", "cols") if any(row.vectors == side for row in self.rows))
 
-    def summary(self) -> dict[tuple[str, str], Spread]:
-        """(side, role) -> spread of PII over all matrices of that role, in the order of ``roles.ROLES``."""
+    def summary(self, version: str = "base") -> dict[tuple[str, str], Spread]:
+        """(side, role) -> spread of PII over all whole matrices of that role, in the order of ``roles.ROLES``.
+
+        Args:
+            version: "base", "merged" or "delta", for a result that has an adapter's rows.
+        """
+        rows = whole(self.rows, version)
         found = {}
         for side in self.sides():
-            for role in ROLES:
-                rows = [row for row in self.rows if row.vectors == side and row.role == role]
-                spread = _spread(rows)
+            for role in roles_in(row.role for row in rows):
+                spread = spread_of(row for row in rows if row.vectors == side and row.role == role)
                 if spread is not None:
                     found[side, role] = spread
         return found
 
-    def table5(self, side: str = "rows") -> Table5:
-        """The layers x roles table of one side.
+    def table5(self, side: str = "rows", version: str = "base") -> Table5:
+        """The layers x roles table of one side: whole matrices only, a layer's experts as their mean.
+
+        Args:
+            side: "rows", "cols", or "paper": the columns of queries, keys and values, the rows of the others, as the
+                script behind Lu et al. 2024, Table 5, takes them.
+            version: "base", "merged" or "delta", for a result that has an adapter's rows.
 
         Raises:
-            InputError: if ``side`` is neither "rows" nor "cols".
+            InputError: if an argument is none of these.
         """
-        if side not in ("rows", "cols"):
-            raise InputError(f"side needs 'rows' or 'cols', got {side!r}")
-        groups: dict[tuple[str, str], list[Row]] = {}
-        layers: set[str] = set()
-        for row in self.rows:
-            if row.vectors == side and row.role in TABLE5 and row.layer is not None:
-                layers.add(row.layer)
-                if row.pii is not None:
-                    groups.setdefault((row.layer, row.role), []).append(row)
-        order = tuple(sorted(layers, key=layer_order))
-        columns = TABLE5 if layers else ()
-        spreads = {key: spread for key, rows in groups.items() if (spread := _spread(rows)) is not None}
-        footer = {}
-        for role in columns:
-            spread = _spread([row for key, rows in groups.items() if key[1] == role for row in rows])
-            if spread is not None:
-                footer[role] = spread
-        cells = {key: spread.mean for key, spread in spreads.items()}
-        ratios = {key: spread.mean / spread.baseline for key, spread in spreads.items()}
-        return Table5(side, columns, order, cells, ratios, footer)
+        return table5_of(self.rows, side, version)
 
     def to_dict(self) -> dict[str, object]:
         """The JSON document as Python objects; no NaN, None instead."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "rows": [_finite(asdict(row)) for row in self.rows],
+            "rows": [finite(asdict(row)) for row in self.rows],
             "skipped": [asdict(entry) for entry in self.skipped],
-            "provenance": _finite(self.provenance),
+            "provenance": finite(self.provenance),
         }
 
     def to_json(self) -> str:
-        """The result as one JSON document."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        """The result as one JSON document; a line for every row."""
+        document = self.to_dict()
+        lines = [f' "schema_version": {SCHEMA_VERSION}']
+        for name in ("rows", "skipped"):
+            entries = document[name]
+            assert isinstance(entries, list)
+            inside = ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in entries)
+            lines.append(f' "{name}": [\n  {inside}\n ]' if entries else f' "{name}": []')
+        lines.append(f' "provenance": {json.dumps(document["provenance"], indent=1, allow_nan=False)}')
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the text") -> ScanResult:
+        """The result that :meth:`to_json` wrote, by this version or an earlier one.
+
+        Args:
+            text: the JSON document.
+            source: how messages name it.
+
+        Raises:
+            InputError: if it is no document of a scan, a field has the wrong type, or its version is later.
+        """
+        found = parse(text, source)
+        return cls([Row(**row) for row in found["rows"]], [Skipped(**s) for s in found["skipped"]], found["provenance"])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ScanResult:
+        """Read a ``.json`` file that :meth:`write` made.
+
+        Raises:
+            InputError: if it cannot be read or is no document of a scan.
+        """
+        source = Path(path)
+        try:
+            return cls.from_json(source.read_text("utf-8"), source.name)
+        except OSError as error:
+            raise InputError(f"{source} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise InputError(
+                f"{source.name} is no text in UTF-8; a result is what 'orthofast scan -o FILE.json' wrote"
+            ) from None
 
     def to_csv(self) -> str:
         """The rows as CSV, one line per matrix and side; an empty field where a value is missing."""
@@ -198,8 +216,27 @@ class ScanResult:
         writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
         writer.writeheader()
         for row in self.rows:
-            writer.writerow(_finite(asdict(row)))
+            entry = finite(asdict(row))
+            for name in ("max_pair", "histogram", "tied"):
+                entry[name] = " ".join(map(str, entry[name] or ()))
+            writer.writerow(entry)
         return out.getvalue()
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The rows as a data frame, one line per matrix and side.
+
+        Raises:
+            MissingPackageError: if pandas is not installed.
+        """
+        return frames.to_pandas(self.rows, FIELDS)
+
+    def to_parquet(self) -> bytes:
+        """The rows as the bytes of a Parquet file.
+
+        Raises:
+            MissingPackageError: if pyarrow is not installed.
+        """
+        return frames.to_parquet(self.rows, FIELDS)
 
     def to_markdown(self) -> str:
         """Table 5 of each side, the matrices outside it, and what was skipped."""
@@ -208,127 +245,87 @@ class ScanResult:
             table = self.table5(side)
             if table.layers:
                 lines += ["", f"PII of the {side}, mean absolute cosine over all pairs", ""]
-                lines += _markdown(("layer", *table.columns), _table_lines(table))
-        others = [row for row in self.rows if row.role not in TABLE5 or row.layer is None or row.error]
+                lines += markdown_table(("layer", *table.columns), body_lines(table) + footer_lines(table))
+        others = self.outside_table()
         if others:
             heads = ("name", "role", "vectors", "n", "d", "pii", "baseline", "ratio", "error")
             values = [[number(getattr(row, head)) for head in heads] for row in others]
-            lines += ["", "Outside the table", "", *_markdown(heads, values)]
+            lines += ["", "Outside the table", "", *markdown_table(heads, values)]
         if self.skipped:
-            lines += ["", "Skipped", "", *_markdown(("name", "reason"), [[s.name, s.reason] for s in self.skipped])]
+            lines += [
+                "",
+                "Skipped",
+                "",
+                *markdown_table(("name", "reason"), [[s.name, s.reason] for s in self.skipped]),
+            ]
         return "\n".join(lines).lstrip("\n") + "\n"
 
-    def to_html(self) -> str:
+    def outside_table(self) -> list[Row]:
+        """Rows that :meth:`table5` does not show: other roles, no layer, failed; heads and adapters are left out."""
+        shown = [row for row in self.rows if row.error or (row.head is None and row.adapter in (None, "base"))]
+        return [row for row in shown if row.role not in TABLE5 or row.layer is None or row.error]
+
+    def to_html(self, comparison: Comparison | None = None) -> str:
         """The result as one self-contained page.
 
+        Args:
+            comparison: of an older result with this one, shown too; None shows an adapter's effect where there is one.
+
         Raises:
-            OrthofastError: if the packages of the extra ``report`` are not installed.
+            MissingPackageError: if the packages of the extra ``report`` are not installed.
         """
-        return report.render(self)
+        return report.render(self, comparison or versions_of(self))
+
+    def plot(self, path: str | os.PathLike[str], what: str = "all", side: str | None = None) -> None:
+        """Draw the heat map and the curves over depth into a ``.png`` or ``.svg`` file, for papers and slides.
+
+        Args:
+            path: the file; its suffix chooses the form.
+            what: "heat" (layer by role), "curves" (over depth), "histograms" (of the cosines) or "all".
+            side: "rows" or "cols"; None draws what was measured.
+
+        Raises:
+            InputError: if an argument is unknown, there is nothing to draw, or the file cannot be written.
+            MissingPackageError: if the packages of the extra ``report`` are not installed.
+        """
+        target = Path(path)
+        kind = target.suffix.lower()
+        if kind not in charts.SUFFIXES:
+            raise InputError(f"a plot needs one of the suffixes {', '.join(charts.SUFFIXES)}, got {target.name!r}")
+        write_whole(target, charts.picture(self, kind, what, side))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the form that the suffix names (.json, .csv, .html, .md); a reader never sees half a file.
+        """Write the form that the suffix names, one of :data:`SUFFIXES`; a reader never sees half a file.
 
         Raises:
             InputError: if the suffix is none of these, or the file cannot be written.
+            MissingPackageError: if the form needs a package that is not installed.
         """
         target = Path(path)
-        content = writer_for(target)(self)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            with temporary.open("x", encoding="utf-8", newline="") as handle:
-                handle.write(content)
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise InputError(f"{target} cannot be written: {error.strerror}") from None
+        write_whole(target, form_of(target)(self))
 
 
-def writer_for(target: Path) -> Callable[[ScanResult], str]:
+def form_of(target: Path) -> Callable[[ScanResult], str | bytes]:
     """The function that makes the form a file name's suffix asks for.
 
     Raises:
         InputError: if the suffix is unknown.
+        MissingPackageError: if the form needs a package that is not installed.
     """
-    forms: dict[str, Callable[[ScanResult], str]] = {
+    suffix = target.suffix.lower()
+    forms: dict[str, Callable[[ScanResult], str | bytes]] = {
         ".json": ScanResult.to_json,
         ".csv": ScanResult.to_csv,
-        ".html": ScanResult.to_html,
+        ".parquet": ScanResult.to_parquet,
         ".md": ScanResult.to_markdown,
+        ".html": ScanResult.to_html,
+        ".png": lambda result: charts.picture(result, suffix),
+        ".svg": lambda result: charts.picture(result, suffix),
     }
-    form = forms.get(target.suffix.lower())
-    if form is None:
+    if suffix not in forms:
         raise InputError(f"the output file needs one of the suffixes {', '.join(SUFFIXES)}, got {target.name!r}")
-    return form
-
-
-def number(value: object) -> str:
-    """A value for people: four digits behind the point, nothing where it is missing."""
-    if value is None:
-        return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def footer_lines(table: Table5) -> list[list[str]]:
-    """Mean, min, max, baseline and mean over baseline of each column."""
-
-    def line(label: str, pick: Callable[[Spread], float]) -> list[str]:
-        return [label, *(number(pick(table.footer[c])) if c in table.footer else "" for c in table.columns)]
-
-    return [
-        line("mean", lambda s: s.mean),
-        line("min", lambda s: s.min),
-        line("max", lambda s: s.max),
-        line("baseline", lambda s: s.baseline),
-        line("ratio", lambda s: s.mean / s.baseline),
-    ]
-
-
-def body_lines(table: Table5) -> list[list[str]]:
-    """One line per layer."""
-    return [[layer, *(number(table.cells.get((layer, c))) for c in table.columns)] for layer in table.layers]
-
-
-def _table_lines(table: Table5) -> list[list[str]]:
-    return body_lines(table) + footer_lines(table)
-
-
-def _markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> list[str]:
-    heads = list(heads)
-    rule = "| " + " | ".join("---" for _ in heads) + " |"
-    return [_markdown_line(heads), rule, *(_markdown_line(line) for line in lines)]
-
-
-def _markdown_line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_markdown_cell(cell) for cell in cells) + " |"
-
-
-def _markdown_cell(text: str) -> str:
-    """Names come from a foreign file: nothing in them may end the cell or become markup."""
-    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        text = text.replace(mark, safe)
-    return "".join("\\" + c if c in "\\|`*[]" else c for c in printable(text))
-
-
-def printable(text: str) -> str:
-    """Control characters made visible, so that a name cannot steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def _spread(rows: list[Row]) -> Spread | None:
-    known = [(row.pii, row.baseline) for row in rows if row.pii is not None and row.baseline is not None]
-    if not known:
-        return None
-    values = [pii for pii, _ in known]
-    baseline = statistics.fmean(base for _, base in known)
-    return Spread(statistics.fmean(values), min(values), max(values), len(values), baseline)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value
+    needed = {".parquet": frames.require_parquet, ".html": report.require_packages}
+    needed |= dict.fromkeys(charts.SUFFIXES, charts.require_packages)
+    if suffix in needed:
+        needed[suffix]()
+    return forms[suffix]

@@ -108,7 +108,7 @@ def test_unreadable_input_and_wrong_usage_give_code_2(
         "absent": (["no-such-model"], "no-such-model cannot be read"),
         "git-lfs": ([str(tmp_path / "lfs.safetensors")], "lfs.safetensors is a git-lfs pointer"),
         "empty folder": ([str(tmp_path / "nothing")], "nothing holds no .safetensors"),
-        "suffix": ([str(model), "-o", "x.xlsx"], ".json, .csv, .html, .md"),
+        "suffix": ([str(model), "-o", "x.xlsx"], ".json, .csv, .parquet, .md, .html, .png, .svg"),
         "vectors": ([str(model), "--vectors", "heads"], "vectors needs"),
         "layers": ([str(model), "--layers", "5-2"], "layers needs"),
         "backend": ([str(model), "--backend", "abacus"], "abacus"),

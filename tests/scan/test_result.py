@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from orthofast.errors import InputError, OrthofastError
+from orthofast.errors import InputError, MissingPackageError
 from orthofast.scan import ScanResult, report, scan_checkpoint
 from tests.scan.checkpoints import FAMILIES, make_tensors, write
 
@@ -56,7 +56,7 @@ def test_provenance_says_where_the_numbers_come_from(result: ScanResult) -> None
     assert len(known["config"]["sha256"]) == 64
     assert known["config"]["model_type"] == "t5"
     assert known["precision"] == "auto"
-    assert set(known["timings"]) == {"read_s", "fold_s", "total_s"}
+    assert set(known["timings"]) == {"read_s", "fold_s", "wait_s", "total_s"}
     assert known["backends"]
     assert known["date"].endswith("+00:00")
     assert {"platform", "cpu"} <= set(known)
@@ -113,7 +113,7 @@ def test_the_suffix_chooses_the_form_and_no_half_file_is_left(suffix: str, resul
 
 
 def test_an_unknown_suffix_or_folder_is_refused(result: ScanResult, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"\.json, \.csv, \.html, \.md"):
+    with pytest.raises(InputError, match=r"\.json, \.csv, \.parquet, \.md, \.html, \.png, \.svg"):
         result.write(tmp_path / "result.xlsx")
     with pytest.raises(InputError, match="cannot be written"):
         result.write(tmp_path / "absent" / "result.json")
@@ -123,7 +123,7 @@ def test_the_page_escapes_foreign_names_and_asks_no_network(result: ScanResult) 
     page = result.to_html()
     assert "<script>alert" not in page
     assert "default-src 'none'" in page
-    assert page.count("</script>") == page.count("<script") == 3
+    assert page.count("</script>") == page.count("<script") == 4
     assert "49.weight" not in page
     assert len(page) < 2_000_000
 
@@ -133,7 +133,7 @@ def test_without_the_extra_the_page_is_refused_with_the_command(
 ) -> None:
     monkeypatch.setattr(report, "PACKAGES", ("altair", "no_such_package"))
     with pytest.raises(
-        OrthofastError, match=r"no_such_package; install the extra with pip install 'orthofast\[report\]'"
+        MissingPackageError, match=r"no_such_package; install the extra with pip install 'orthofast\[report\]'"
     ):
         result.to_html()
 
