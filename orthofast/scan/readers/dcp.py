@@ -16,7 +16,7 @@ from orthofast.scan.catalog import Catalog, Extent, Fault, Piece
 from orthofast.scan.readers.files import MAX_AXES, file_size, first_bytes, inside, listed, naturals, shown
 from orthofast.scan.readers.pickle_walk import MAX_PICKLE_BYTES, Global, Made, walk
 from orthofast.scan.readers.state_dicts import model_tensors
-from orthofast.scan.readers.torch_file import TORCH_NAMES, Stored, place, read_archive
+from orthofast.scan.readers.torch_file import PLAIN_OBJECTS, TORCH_NAMES, Stored, place, read_archive
 
 METADATA = ".metadata"
 MAX_COMPARED = 1024  # chunks of one tensor that are compared pair by pair
@@ -38,7 +38,8 @@ ALLOWED = frozenset(
     | {f"{OWN}filesystem._StorageInfo", "torch.Size", "torch.serialization._get_layout", "torch.device"}
     | {f"torch.{name}" for name in ("strided", "contiguous_format", "preserve_format", "complex128")}
     | {f"torch.{name}" for name in TORCH_NAMES}
-    | {"collections.OrderedDict", "collections.defaultdict", "builtins.set", "builtins.dict", "builtins.list"}
+    | {"builtins.set", "builtins.dict", "builtins.list"}
+    | PLAIN_OBJECTS
 )
 
 
@@ -99,7 +100,7 @@ def add_dcp(catalog: Catalog, folder: Path) -> None:
 
 
 def _refusal(path: str) -> str | None:
-    if path in ALLOWED or path.startswith("pathlib."):
+    if path in ALLOWED:
         return None
     return f"asks for {shown(path)}, which metadata does not need; nothing of it was run, and the folder is not read"
 

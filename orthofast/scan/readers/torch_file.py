@@ -57,13 +57,20 @@ TORCH_NAMES = {
 }
 REBUILDS = "torch._utils._rebuild_"
 WRAPPED = "torch._tensor._rebuild_from_type_v2"
-HARMLESS_MODULES = ("argparse.", "pathlib.", "datetime.", "numpy.", "collections.")
+PLAIN_OBJECTS = frozenset(  # what training programs put beside tensors; each stays a record
+    {f"collections.{name}" for name in ("OrderedDict", "Counter", "defaultdict", "deque")}
+    | {f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")}
+    | {f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")}
+    | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
+    | {"numpy.dtype", "numpy.ndarray", "numpy._core.numeric._frombuffer", "argparse.Namespace"}
+)
 HARMLESS = frozenset(
     {f"builtins.{name}" for name in ("set", "frozenset", "bytearray", "bytes", "complex", "slice", "range", "object")}
     | {f"builtins.{name}" for name in ("int", "float", "str", "bool", "list", "dict", "tuple")}
     | {f"torch.{name}" for name in ("Size", "device", "Tensor", "strided", "contiguous_format", "preserve_format")}
     | {"torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.serialization._get_layout", WRAPPED}
     | {"torch.storage.UntypedStorage", "torch.storage.TypedStorage", "_codecs.encode"}
+    | PLAIN_OBJECTS
 )
 HOW_TO_CONVERT = "load it where it was made and save model.state_dict() instead"
 
@@ -231,7 +238,7 @@ def read_torch_file(file: Path) -> Archive:
 
 def refusal(path: str) -> str | None:
     """Why a file that names this class or function is not read; None for what tensors need."""
-    if path in HARMLESS or path.startswith(HARMLESS_MODULES) or path.startswith(REBUILDS):
+    if path in HARMLESS or path in BUILD:
         return None
     first, _, word = path.rpartition(".")
     if first == "torch" and (word in TORCH_NAMES or word.endswith("Storage") or _is_type(word)):
