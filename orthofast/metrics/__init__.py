@@ -83,6 +83,10 @@ from orthofast.metrics.theory import (
     stationary_gap,
     theorem1_bound,
 )
+from orthofast.metrics.whole_matrices import (
+    cosine_matrix,
+    gram_matrix,
+)
 
 __all__ = [
     "ChainTrace",
@@ -108,6 +112,7 @@ __all__ = [
     "constrained_minimum",
     "corollary3_bound",
     "cosine_histogram",
+    "cosine_matrix",
     "covariance_spectrum",
     "diagonal_dominance",
     "diagonal_start",
@@ -120,6 +125,7 @@ __all__ = [
     "gaussian_w2_squared",
     "gradient_gram",
     "gram_fluctuation",
+    "gram_matrix",
     "isotropic_baseline",
     "isotropic_noise_penalty",
     "kronecker_condition_number",

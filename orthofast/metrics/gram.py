@@ -91,7 +91,7 @@ def orthogonality_gap(
     >>> orthogonality_gap(3 * torch.eye(4)), orthogonality_gap(torch.ones(4, 2))  # sqrt(1 - 1 / 4)
     (tensor(0., dtype=torch.float64), tensor(0.8660, dtype=torch.float64))
     """
-    x = as_vectors(weight, vectors, heads)
+    x = _in_range(as_vectors(weight, vectors, heads))
     _, n, d = x.shape
     smaller = x.transpose(1, 2) if n > d else x
     return answer(orthogonality_gap_from(_fold_raw(smaller, ("sq_sum",), precision, backend), n), vectors)
@@ -185,6 +185,15 @@ def diagonal_dominance(
     stats = _fold_raw(as_vectors(weight, vectors, heads), ("row_abs",), precision, backend)
     mean, least, most, dominant_frac = diagonal_dominance_from(stats)
     return DiagonalDominance(*(answer(value, vectors) for value in (mean, least, most, dominant_frac)))
+
+
+def _in_range(x: Tensor) -> Tensor:
+    """Float64 vectors (b, n, d) times a power of two each item: fourth powers then neither overflow nor vanish."""
+    if getattr(x, "dtype", None) != torch.float64 or x.numel() == 0 or hasattr(x, "full_tensor"):
+        return x  # narrower types, block-scaled ones too, stay in float64's range
+    largest = x.detach().abs().amax((1, 2), keepdim=True)
+    exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1.0)).exponent.clamp(-1000, 1000)
+    return x.detach() * torch.float_power(2.0, -exponent)
 
 
 def _fold_raw(x: Tensor, want: Iterable[str], precision: str, backend: str | None) -> GramStats:

@@ -71,6 +71,19 @@ def test_the_scale_of_float32_vectors_does_not_matter(n: int, d: int, scale: flo
     assert got == pytest.approx(true_gap(vectors), rel=1e-6)
 
 
+@pytest.mark.parametrize("exponent", [-1050, -300, -160, 90, 160, 300], ids=str)
+@pytest.mark.parametrize(("n", "d"), [(6, 9), (9, 6)])
+def test_nor_does_that_of_float64_vectors_whose_fourth_powers_leave_its_range(
+    n: int, d: int, exponent: int, measure: Any
+) -> None:
+    vectors = torch.randn(n, d, dtype=torch.float64)
+    scaled = vectors * 2.0**exponent if exponent > -1000 else (vectors * 2.0**-500) * 2.0**-520
+    assert measure(orthogonality_gap, scaled).item() == pytest.approx(true_gap(vectors), rel=1e-13)
+    heads = torch.cat([scaled, vectors])
+    found = measure(orthogonality_gap, heads, vectors="heads", heads=2)
+    assert found.tolist() == pytest.approx([true_gap(vectors)] * 2, rel=1e-13)
+
+
 def test_a_zero_vector_counts_among_the_n(measure: Any) -> None:
     vectors = torch.eye(3, 5)
     vectors[2] = 0
