@@ -196,7 +196,7 @@ def _sampled(request: Request, plan: Sample, curve: Curve, gradient: bool, backe
         for whole, made, index in zip(sums, (found.dx, found.dy), (indices, indices_y), strict=False):
             assert made is not None
             assert index is not None
-            flat = index.reshape(-1).to(whole.device)
+            flat = index.reshape(-1)
             # groups drawn together share no vector: reading and writing back cannot collide
             whole[:, flat] = whole[:, flat] + made.reshape(b, -1, d)
     bad = backend.gram_stats(replace(request, want=0, bins=0)).nonfinite > 0  # also those that were not drawn

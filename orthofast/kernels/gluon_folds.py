@@ -21,6 +21,7 @@ from torch import Tensor
 
 from orthofast.errors import BackendError
 from orthofast.kernels.schedule import Problem, work_list
+from orthofast.kernels.triton_lists import DeviceLists
 
 TILE = (128, 256)  # vectors of the left and right side of one entry
 PARTIALS = 2  # per entry: one per half of its rows
@@ -29,6 +30,7 @@ ELEMENT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 STEP = 64  # entries of a vector per step of the kernel
 SWIZZLE_BYTES = 128
 ALIGNED = 8  # elements in 16 bytes: what a TMA stride is a multiple of
+_LISTS = DeviceLists()
 
 
 def problem(x: Tensor) -> str | None:
@@ -160,10 +162,9 @@ def abs_sum(x: Tensor, norm_sq: Tensor) -> Tensor:
     return per_entry.view(b, -1).sum(1, dtype=torch.float64)  # items one after another, equally many entries
 
 
-@lru_cache(maxsize=64)
 def _entries_on(device: torch.device, b: int, n: int, d: int) -> Tensor:
-    """The work list; copied, and waited for, once per shape and device."""
-    return torch.from_numpy(work_list((Problem(n, d, items=b),), *TILE).entries.copy()).to(device)
+    """The work list, copied once per shape and device."""
+    return _LISTS.get(device, (b, n, d), lambda: work_list((Problem(n, d, items=b),), *TILE).entries)
 
 
 @lru_cache(maxsize=64)

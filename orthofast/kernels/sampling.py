@@ -77,7 +77,7 @@ def checked_sample(sample: int | Sample) -> Sample:
 
 
 def sample_groups(request: Request, plan: Sample) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Index tensors (groups, g), a bounded number of groups at a time."""
+    """Index tensors (groups, g) on the request's device, a bounded number of groups at a time."""
     b, n, d = request.x.shape
     m = None if request.y is None else request.y.shape[1]
     side = min(n, n if m is None else m)
@@ -93,15 +93,22 @@ def sample_groups(request: Request, plan: Sample) -> Iterator[tuple[Tensor, Tens
         round_x = torch.randperm(n, generator=generator)[: n // g * g].view(-1, g)
         round_y = None if m is None else torch.randperm(m, generator=generator)[: m // g * g].view(-1, g)
         count = min(left, len(round_x), len(round_x) if round_y is None else len(round_y))
+        round_x = _on(request.x.device, round_x[:count])
+        round_y = None if round_y is None else _on(request.x.device, round_y[:count])
         for start in range(0, count, at_once):
             stop = min(start + at_once, count)
             yield round_x[start:stop], None if round_y is None else round_y[start:stop]
         left -= count
 
 
+def _on(device: torch.device, indices: Tensor) -> Tensor:
+    """Drawn on the host for the same groups everywhere; the copy is not waited for."""
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
+
+
 def gather(x: Tensor, indices: Tensor) -> Tensor:
     """(b, n, d) -> (b * groups, g, d)."""
-    flat = indices.reshape(-1).to(x.device)
+    flat = indices.reshape(-1)
     if x.dtype in FLOAT8:  # not every torch indexes these
         picked = x.view(torch.uint8).index_select(1, flat).view(x.dtype)
     else:
@@ -115,10 +122,9 @@ def _named(part: GramStats, indices: Tensor, indices_y: Tensor | None, b: int) -
     if part.argmax is not None:
         local = part.argmax.view(b, groups, 2)
         rows = torch.arange(groups, device=local.device)
-        source = indices.to(local.device)
-        source_y = source if indices_y is None else indices_y.to(local.device)
-        i = source[rows, local[..., 0].clamp(min=0)]
-        j = source_y[rows, local[..., 1].clamp(min=0)]
+        other = indices if indices_y is None else indices_y
+        i = indices[rows, local[..., 0].clamp(min=0)]
+        j = other[rows, local[..., 1].clamp(min=0)]
         pair = torch.stack((i, j), -1)
         if indices_y is None:
             pair = pair.sort(-1).values

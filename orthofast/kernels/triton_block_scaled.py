@@ -16,15 +16,16 @@ do not convert 8-bit floats by themselves (before compute capability 8.9, AMD).
 
 from __future__ import annotations
 
-from functools import lru_cache
-
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orthofast.kernels.contract import ABS_SUM, SQ_SUM, SUM, Request, poison
 from orthofast.kernels.schedule import Problem, work_list
+from orthofast.kernels.triton_lists import DeviceLists
 from orthofast.records import GramStats
 from orthofast.views import BlockScaled
 
@@ -37,6 +38,7 @@ NATIVE_FLOOR = 2.0**-13  # of one step's sum where 8-bit products are added nati
 MOST_POWER = 126  # a power of two and its inverse are normal float32 numbers
 SUMS = ABS_SUM | SQ_SUM | SUM
 CONVERTED = (torch.float8_e4m3fn, torch.float8_e5m2)  # to float16 by devices from compute capability 8.9 on
+_LISTS = DeviceLists()
 
 _ABS_SUM, _SQ_SUM, _SUM = tl.constexpr(ABS_SUM), tl.constexpr(SQ_SUM), tl.constexpr(SUM)
 BLOCK = tl.constexpr(SIDE)
@@ -229,8 +231,10 @@ def _measured(x: BlockScaled) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ldexp(relative, 2 * powers), inverse, factors
 
 
-@lru_cache(maxsize=64)
 def _on_device(device: torch.device, b: int, n: int, d: int, m: int | None) -> Tensor:
     """The work list, copied once per shape and device."""
-    host = torch.from_numpy(work_list((Problem(n, d, m, items=b),), SIDE, SIDE).entries.copy())
-    return host.to(device)  # waits once per shape; from then on any stream may read it
+
+    def make() -> NDArray[np.int32]:
+        return work_list((Problem(n, d, m, items=b),), SIDE, SIDE).entries
+
+    return _LISTS.get(device, (b, n, d, m), make)

@@ -13,18 +13,20 @@ Refuses  float64, and what the fold's Triton backend refuses.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orthofast.kernels import tiles, triton_gpu
 from orthofast.kernels.contract import Request
 from orthofast.kernels.schedule import Problem, work_list
 from orthofast.kernels.tiles import Tile
+from orthofast.kernels.triton_lists import DeviceLists
 from orthofast.kernels.triton_parts import NONFINITE, ZERO, added, cosines_of, prepared
 from orthofast.records import DriftStats
 
@@ -32,6 +34,7 @@ from orthofast.records import DriftStats
 WIDE = {1: Tile(128, 128, 64, 8, 3), 2: Tile(128, 128, 32, 8, 3)}
 NARROW = {1: Tile(64, 64, 32, 4, 3, 2), 2: Tile(64, 64, 16, 8, 2, 1)}
 INTERPRETED = Tile(32, 32, 32, 4, 1)
+_LISTS = DeviceLists()
 
 
 @triton.jit
@@ -143,8 +146,10 @@ def _tile(device: torch.device, parts: int) -> tuple[Tile, int]:
     return table[parts], properties.multi_processor_count
 
 
-@lru_cache(maxsize=64)
 def _work(n: int, d: int, b: int, tile: Tile, device: torch.device) -> Tensor:
     """The work list on the device, (entries, 2) int32; kept for shapes that come again."""
-    entries = work_list((Problem(n, d, items=b),), tile.block_m, tile.block_n).entries
-    return torch.from_numpy(entries.copy()).to(device)
+
+    def make() -> NDArray[np.int32]:
+        return work_list((Problem(n, d, items=b),), tile.block_m, tile.block_n).entries
+
+    return _LISTS.get(device, (n, d, b, tile), make)

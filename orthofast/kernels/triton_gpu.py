@@ -173,7 +173,7 @@ def _launched(
                 tensors.append(other)
         made = triton_launch.launch(group, tensors, device, processors)
         for place, index in enumerate(group.requests):
-            records[index] = GroupRecord(group, made, place)
+            records[index] = GroupRecord.cut(group, made, place)
     return records
 
 

@@ -18,12 +18,12 @@ Refuses  float64, AMD, curves whose slopes float16 would round for float32 vecto
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orthofast.kernels import tiles
@@ -31,6 +31,7 @@ from orthofast.kernels.contract import FLOAT8, Request
 from orthofast.kernels.gradients import ABS, Curve, PairGradient
 from orthofast.kernels.schedule import tiles_of
 from orthofast.kernels.tiles import Tile
+from orthofast.kernels.triton_lists import DeviceLists
 from orthofast.kernels.triton_parts import NONFINITE, ZERO, added, cosines_of, prepared
 
 SLOPE_BYTES = 256 << 20  # of slopes held at a time: all pairs of 11585 vectors
@@ -41,7 +42,7 @@ WIDE = {1: Tile(128, 128, 64, 8, 4), 2: Tile(128, 128, 64, 8, 3)}
 NARROW = {1: Tile(128, 128, 32, 8, 3), 2: Tile(64, 64, 32, 8, 2, 2)}
 INTERPRETED = Tile(32, 32, 32, 4, 1)
 KINDS = {"abs": 0, "huber": 1, "sqrt": 2}
-_captured: list[Tensor] = []  # a graph reads these for as long as it lives
+_LISTS = DeviceLists()
 SMOOTH_SMALL, SMOOTH_ROOT = tl.constexpr(1), tl.constexpr(2)
 
 
@@ -331,22 +332,15 @@ def _product(slopes: Tensor, halves: list[Tensor]) -> Tensor:
 
 
 def _work(rows: int, m: int, items: int, triangle: bool, tile: Tile, device: torch.device) -> Tensor:
-    """Tiles of each item on the device, (entries, 2) int32, kept until the device is done with it."""
-    work = _listed(rows, m, items, triangle, tile, device)
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(work)
-        else:
-            work.record_stream(torch.cuda.current_stream())
-    return work
+    """Tiles of each item on the device, (entries, 2) int32; kept for shapes that come again."""
+    key = rows, m, items, triangle, tile
+    return _LISTS.get(device, key, lambda: _entries(*key))
 
 
-@lru_cache(maxsize=64)
-def _listed(rows: int, m: int, items: int, triangle: bool, tile: Tile, device: torch.device) -> Tensor:
-    """The same, for shapes that come again."""
+def _entries(rows: int, m: int, items: int, triangle: bool, tile: Tile) -> NDArray[np.int32]:
     packed = tiles_of(rows, m, tile.block_m, tile.block_n)
     if triangle:  # with the diagonal's last tile, which holds no pair but must be written
         packed = packed[packed >> 16 >= packed & 0xFFFF]
     entries = np.empty((items, len(packed), 2), np.int32)
     entries[:, :, 0], entries[:, :, 1] = np.arange(items)[:, None], packed
-    return torch.from_numpy(entries.reshape(-1, 2)).to(device)
+    return entries.reshape(-1, 2)

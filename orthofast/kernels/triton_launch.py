@@ -17,6 +17,7 @@ from orthofast.errors import BackendError
 from orthofast.kernels import tiles
 from orthofast.kernels.contract import ABS_MAX, HIST, ROW_ABS
 from orthofast.kernels.triton_folds import fold
+from orthofast.kernels.triton_lists import copied, hold, is_capturing, recorded
 from orthofast.kernels.triton_plan import ANY, COLUMNS, FINISH_BLOCK, Group, tables
 from orthofast.kernels.triton_prepare import finish, join_rows, poison_vectors, prepare
 
@@ -39,7 +40,6 @@ ALWAYS, IF_MARKED, IF_UNMARKED = 0, 1, 2
 MOST_BINS_IN_SHARED = 2047
 KEPT_TABLES, KEPT_BYTES = 64, 32 << 20  # sets of addresses a group remembers: so many, within so much memory
 NO_MAPS: tuple[Any, Any, Any, Any] = (None, None, None, None)
-_captured: list[Any] = []  # a graph reads these for as long as it lives
 
 
 @dataclass(slots=True, eq=False)
@@ -134,42 +134,21 @@ def _allocate(group: Group, tensors: Sequence[Tensor], device: torch.device) -> 
 def _on_device(group: Group, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Lists and tables of the group; copied only where shapes or addresses are new."""
     where = tuple([tensor.data_ptr() for tensor in tensors])
-    on_gpu = device.type == "cuda"
-    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     known = group.placed.get(where)
     if known is None or group.static is None:
-        if capturing:
+        if is_capturing(device):
             raise BackendError(
                 "triton_gpu needs its tables on the device before a graph is captured: call it once on the same tensors"
             )
         if group.static is None:
             lists = np.concatenate([group.work.entries.ravel(), group.units.ravel()])
-            group.static = _copied(torch.from_numpy(lists), device)
-            group.static_copied = _recorded(on_gpu)
-        elif on_gpu:
-            torch.cuda.current_stream().wait_event(group.static_copied)  # another stream may have copied it
+            group.static = copied(torch.from_numpy(lists), device), recorded(device)
         fitting = KEPT_BYTES // max(1, group.sides.nbytes + group.problems.nbytes)
         if len(group.placed) >= max(1, min(KEPT_TABLES, fitting)):
             group.placed.pop(next(iter(group.placed)), None)
-        table = _copied(torch.from_numpy(tables(group, where)), device)
-        known = group.placed[where] = (table, _recorded(on_gpu))
-    elif on_gpu and not capturing:
-        torch.cuda.current_stream().wait_event(known[1])  # another stream may have copied it
-    if capturing:
-        _captured.append((group.static, known[0]))
-    elif on_gpu:
-        for tensor in (group.static, known[0]):
-            tensor.record_stream(torch.cuda.current_stream())
-    return group.static, known[0]
-
-
-def _recorded(on_gpu: bool) -> Any:
-    """An event of this moment in the current stream; None without a GPU."""
-    return torch.cuda.current_stream().record_event() if on_gpu else None
-
-
-def _copied(host: Tensor, device: torch.device) -> Tensor:
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()
+        known = group.placed[where] = copied(torch.from_numpy(tables(group, where)), device), recorded(device)
+    hold(device, group.static, known)
+    return group.static[0], known[0]
 
 
 class _Run:

@@ -192,8 +192,7 @@ class Group:
     pieces: list[Piece]
     slots: tuple[int, int]
     vector_block: tuple[int, int]
-    static: Tensor | None = None  # (int32) entries, then units, on the device
-    static_copied: Any = None  # event: other streams wait for it
+    static: tuple[Tensor, Any] | None = None  # int32 entries, then units, on the device; event of the copy
     placed: dict[tuple[int, ...], tuple[Tensor, Any]] = field(default_factory=dict)
 
     @property

@@ -22,9 +22,13 @@ class GroupRecord(GramStats):
 
     __slots__ = ("_group", "_made", "_place")
 
-    def __init__(self, group: Group, made: Results, place: int) -> None:
-        self._group, self._made, self._place = group, made, place
-        self.cross = group.method.cross
+    @classmethod
+    def cut(cls, group: Group, made: Results, place: int) -> GroupRecord:
+        """The record of the group's request in this place; its slots are filled when they are read."""
+        record = cls.__new__(cls)
+        record._group, record._made, record._place = group, made, place
+        record.cross = group.method.cross
+        return record
 
     def __getattr__(self, name: str) -> Tensor | None:
         if name not in FIELDS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def test_a_record_outlives_its_group_and_can_be_copied() -> None:
     x = gaussian((24, 32), 3)
     record, _ = gram_stats_many([x, x.mT], want=ALL, bins=8, backend="triton_gpu")
     whole = gram_stats(x, want=ALL, bins=8, backend="reference")
-    for other in (pickle.loads(pickle.dumps(record)), copy.deepcopy(record), copy.copy(record)):
+    for other in (pickle.loads(pickle.dumps(record)), copy.deepcopy(record), copy.copy(record), replace(record)):
         assert same_bits(other, record)
         assert torch.equal(other.hist, whole.hist)
         assert other.norm_sq_y is None
@@ -256,3 +257,15 @@ def test_a_record_outlives_its_group_and_can_be_copied() -> None:
     assert "abs_sum" in repr(record)
     with pytest.raises(AttributeError, match="no field"):
         record.abs_total  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_slice_of_a_device_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    xs = [gaussian((1, 100, 40), 1, dtype), gaussian((2, 30, 72), 2, dtype)]
+    found = []
+    for processors in (1, 3, 132):
+        _forget()
+        monkeypatch.setattr(triton_gpu, "_device", lambda _, processors=processors: ("interpreter", processors))
+        found.append(gram_stats_many(xs, want=ALL, bins=8, backend="triton_gpu"))
+    for other in found[1:]:
+        assert all(same_bits(one, two) for one, two in zip(found[0], other, strict=True))
