@@ -21,6 +21,9 @@ class GroupRecord(GramStats):
     """The record of one request; its fields are views of the group's results."""
 
     __slots__ = ("_group", "_made", "_place")
+    _group: Group
+    _made: Results
+    _place: int
 
     @classmethod
     def cut(cls, group: Group, made: Results, place: int) -> GroupRecord:
