@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from orthofast.errors import CheckpointError
 from orthofast.scan.readers.files import listed
 
-INDEX = ".index.json"
+INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[\w-]+)?\.json")  # with a variant as transformers puts it
 SAFETENSORS = ".safetensors"
 TORCH = (".bin", ".pt", ".pth", ".ckpt")
 GGUF = ".gguf"
@@ -84,7 +84,7 @@ def choose(names: Collection[str], where: str) -> Choice:
     if found is None and ADAPTER_CONFIG in names:
         adapter = next((name for name in ADAPTERS if name in names), None)
         found = Choice("adapter", (adapter,)) if adapter else None
-    found = found or _safetensors(names) or _first_of(names, SECOND) or _index(names, ".bin" + INDEX)
+    found = found or _safetensors(names) or _first_of(names, SECOND) or _index(names, "bin")
     if found is None and DCP in names:
         found = Choice("dcp", (DCP,))
     found = found or _gguf(names) or _consolidated(names) or _torch(names, where)
@@ -105,7 +105,7 @@ def choose(names: Collection[str], where: str) -> Choice:
 
 def is_index(name: str) -> bool:
     """Whether a file is the index of shards."""
-    return name.endswith((SAFETENSORS + INDEX, ".bin" + INDEX))
+    return INDEX.search(name) is not None
 
 
 def _first_of(names: list[str], wanted: tuple[str, ...]) -> Choice | None:
@@ -115,8 +115,9 @@ def _first_of(names: list[str], wanted: tuple[str, ...]) -> Choice | None:
     return None
 
 
-def _index(names: list[str], suffix: str) -> Choice | None:
-    found = [name for name in names if name.endswith(suffix) and not name.startswith("consolidated")]
+def _index(names: list[str], kind: str) -> Choice | None:
+    told = [(name, INDEX.search(name)) for name in names if not name.startswith("consolidated")]
+    found = [name for name, match in told if match and match[1] == kind]
     if not found:
         return None
     notes = (f"several indexes, {found[0]} was taken, not {listed(found[1:])}",) if found[1:] else ()
@@ -124,7 +125,7 @@ def _index(names: list[str], suffix: str) -> Choice | None:
 
 
 def _safetensors(names: list[str]) -> Choice | None:
-    index = _index(names, SAFETENSORS + INDEX)
+    index = _index(names, "safetensors")
     files = [name for name in names if name.endswith(SAFETENSORS) and name not in ADAPTERS]
     files = [name for name in files if not name.startswith("consolidated")] or files
     return index or (Choice("files", tuple(files)) if files else None)

@@ -92,8 +92,8 @@ def read_headers(name: ModelName) -> Catalog:
     """
     package = _package(name)
     try:
-        found = package.get_safetensors_metadata(name.repo, revision=name.revision)
         revision = package.HfApi().model_info(name.repo, revision=name.revision).sha
+        found = package.HfApi().get_safetensors_metadata(name.repo, revision=revision)
     except _errors(package) as error:
         raise CheckpointError(_sentence(package, name, error)) from None
     catalog = Catalog(Path(name.repo), revision=revision)
