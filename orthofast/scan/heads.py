@@ -106,6 +106,25 @@ def heads_of(tower: Mapping[str, object], segments: Sequence[str] = (), layer: i
     return Heads(query, shared or query, size, natural(tower, ("v_head_dim",), layer))
 
 
+def with_latent_sizes(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The configuration of a GGUF file with the sizes of latent attention under the names other files use."""
+    settings, architecture = config.get("gguf"), config.get("model_type")
+    if not isinstance(settings, Mapping) or not natural(config, ("kv_lora_rank",)):
+        return config
+    prefix = f"{architecture}.attention"
+    keys = natural(settings, (f"{prefix}.key_length_mla", f"{prefix}.key_length"))
+    values = natural(settings, (f"{prefix}.value_length_mla", f"{prefix}.value_length"))
+    rope = natural(settings, (f"{architecture}.rope.dimension_count",))
+    if not 0 < rope < keys:
+        return config
+    return {**config, "qk_nope_head_dim": keys - rope, "qk_rope_head_dim": rope, "v_head_dim": values}
+
+
+def varies(tower: Mapping[str, object]) -> bool:
+    """Whether the layers of a tower differ in their heads."""
+    return any(isinstance(tower.get(key), list | tuple) for key in (*QUERY, *KEY_VALUE, *SIZE))
+
+
 def natural(config: Mapping[str, object], keys: Sequence[str], layer: int | None = None) -> int:
     """The first of these keys that holds a positive whole number, or a list with one for this layer; else 0."""
     for key in keys:

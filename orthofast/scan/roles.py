@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orthofast.scan.heads import HIDDEN, Heads, heads_of, natural, tower_of
+from orthofast.scan.heads import HIDDEN, Heads, heads_of, natural, tower_of, varies, with_latent_sizes
 from orthofast.scan.rules import Rule, Rules, context_of, load_rules
 from orthofast.scan.splits import Fused, Part, parts_of
 
@@ -100,7 +100,7 @@ class Roles:
 
     def __init__(self, names: Mapping[str, tuple[int, ...]], config: Mapping[str, object]) -> None:
         self._rules = load_rules()
-        self._config = config
+        self._config = config = with_latent_sizes(config)
         self._names = names
         self._conv1d = self._stores_in_out(names)
         lists = {place.parents for place in map(self._place, names) if place.parents}
@@ -109,7 +109,7 @@ class Roles:
         tower = tower_of(config, ())
         self._layers = natural(tower, ("num_hidden_layers", "n_layer", "num_layers"))
         self._predicting = natural(tower, ("num_nextn_predict_layers", "num_mtp_layers"))
-        self._varies = any(isinstance(value, list) for value in tower.values())
+        self._varies = varies(tower)
         self._read: dict[tuple[object, ...], Reading] = {}
 
     def read(self, name: str, shape: tuple[int, ...]) -> Reading:

@@ -199,7 +199,7 @@ def _gate_up(fused: Fused) -> tuple[Part, ...]:
 
 def _gate_up_if_doubled(fused: Fused) -> tuple[Part, ...]:
     """Gate, then up, where the matrix has twice the rows of the width between the layers."""
-    return _gate_up(fused) if fused.out == 2 * natural(fused.tower, ("ffn_hidden_size",)) else ()
+    return _gate_up(fused) if fused.out == 2 * natural(fused.tower, ("ffn_hidden_size", "intermediate_size")) else ()
 
 
 def _up_gate(fused: Fused) -> tuple[Part, ...]:
