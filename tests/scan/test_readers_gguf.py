@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from orthofast.errors import CheckpointError
 from orthofast.scan.readers import gguf_file
 from orthofast.scan.readers.checkpoint import open_checkpoint
 from orthofast.scan.readers.gguf_file import TYPES, read_gguf, split_names
+from tests.scan.attacks import GGUF_HEADERS, gguf_array, gguf_head, gguf_tensor
 from tests.scan.stored_values import stored_values
 
 GENERATOR = np.random.default_rng(5)
@@ -132,50 +132,7 @@ def test_splits_are_one_model_and_missing_ones_are_named(tmp_path: Path) -> None
     assert split_names("m-00004-of-00003.gguf") == ["m-00004-of-00003.gguf"]
 
 
-def head(version: int = 3, tensors: int = 0, entries: int = 0) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", version, tensors, entries)
-
-
-def text(word: str) -> bytes:
-    return struct.pack("<Q", len(word)) + word.encode()
-
-
-def array(kind: int, count: int, body: bytes = b"") -> bytes:
-    return text("key") + struct.pack("<IIQ", 9, kind, count) + body
-
-
-def info(shape: tuple[int, ...] = (4, 2), kind: int = 0, offset: int = 0, name: str = "w") -> bytes:
-    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-
-
-ATTACKS = {
-    "empty": (b"", "starts neither|is truncated"),
-    "magic alone": (b"GGUF", "truncated"),
-    "version 1": (head(1), "version 1"),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    "2^40 tensors": (head(tensors=1 << 40), "1099511627776 tensors do not fit"),
-    "2^40 entries": (head(entries=1 << 40), "1099511627776 metadata entries do not fit"),
-    "2^64 - 1 entries": (head(entries=(1 << 64) - 1), "metadata entries do not fit"),
-    "array of 2^40 strings": (head(entries=1) + array(8, 1 << 40), "strings do not fit"),
-    "array of 2^61 doubles": (head(entries=1) + array(12, 1 << 61), "array values do not fit"),
-    "array of arrays": (head(entries=1) + array(9, 1, bytes(12)), "array of type 9"),
-    "string of 2^63": (head(entries=1) + array(8, 1, struct.pack("<Q", 1 << 63) + bytes(8)), "truncated"),
-    "key of 2^60": (head(entries=1) + struct.pack("<Q", 1 << 60) + bytes(16), "truncated"),
-    "value of type 77": (head(entries=1) + text("key") + struct.pack("<IQ", 77, 0), "unknown type 77"),
-    "alignment 3": (head(entries=1) + text("general.alignment") + struct.pack("<II", 4, 3), "alignment of 3"),
-    "alignment 0": (head(entries=1) + text("general.alignment") + struct.pack("<II", 4, 0), "alignment of 0"),
-    "100 axes": (head(tensors=1) + info((1,) * 100), "100 axes"),
-    "shape of 2^64": (head(tensors=1) + info((1 << 32, 1 << 32)) + bytes(64), "behind the end"),
-    "offset 2^63": (head(tensors=1) + info(offset=1 << 63) + bytes(64), "behind the end"),
-    "type 99": (head(tensors=1) + info(kind=99) + bytes(64), "type 99"),
-    "type removed from ggml": (head(tensors=1) + info(kind=4) + bytes(64), "type 4"),
-    "row that is no whole block": (head(tensors=1) + info((33, 2), kind=2) + bytes(99), "stores by 32"),
-    "data cut": (head(tensors=1) + info() + bytes(32), "the file is truncated"),
-    "no tensors": (head(), "holds no tensors"),
-}
-
-
-@pytest.mark.parametrize(("content", "word"), ATTACKS.values(), ids=ATTACKS.keys())
+@pytest.mark.parametrize(("content", "word"), GGUF_HEADERS.values(), ids=GGUF_HEADERS.keys())
 def test_a_hostile_header_is_one_sentence(content: bytes, word: str, tmp_path: Path) -> None:
     file = tmp_path / "hostile.gguf"
     file.write_bytes(content)
@@ -186,7 +143,7 @@ def test_a_hostile_header_is_one_sentence(content: bytes, word: str, tmp_path: P
 
 def test_a_name_that_comes_twice_counts_once(tmp_path: Path) -> None:
     file = tmp_path / "twice.gguf"
-    file.write_bytes(head(tensors=2) + info() + info(offset=32) + bytes(128))
+    file.write_bytes(gguf_head(tensors=2) + gguf_tensor() + gguf_tensor(offset=32) + bytes(128))
     extents, faults, _ = read_gguf(file)
     assert [extent.name for extent in extents] == ["w"]
     assert "names w twice" in faults[0].error
@@ -197,7 +154,7 @@ def test_counts_that_only_a_sparse_file_could_hold_stop_at_the_limit(
 ) -> None:
     monkeypatch.setattr(gguf_file, "MAX_HEADER_BYTES", 1 << 20)
     file = tmp_path / "sparse.gguf"
-    file.write_bytes(head(entries=1) + array(8, 1 << 32))
+    file.write_bytes(gguf_head(entries=1) + gguf_array(8, 1 << 32))
     os.truncate(file, 1 << 40)
     with pytest.raises(CheckpointError, match="longer than the limit"):
         open_checkpoint(file)
@@ -231,3 +188,15 @@ def test_flipped_bytes_never_crash(flips: list[tuple[int, int]], cut: int, tmp_p
         return
     assert all(file.name in fault.error for fault in catalog.faults)
     stored_values(catalog)
+
+
+def test_tensors_of_the_same_bytes_are_tied_and_overlapping_ones_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tied.gguf"
+    file.write_bytes(gguf_head(tensors=2) + gguf_tensor(name="a") + gguf_tensor(name="b") + bytes(128))
+    catalog = open_checkpoint(file)
+    assert catalog.tied == {"b": "a"}
+    three = [gguf_tensor(name="a"), gguf_tensor(name="b", offset=16), gguf_tensor(name="c", offset=64)]
+    file.write_bytes(gguf_head(tensors=3) + b"".join(three) + bytes(192))
+    catalog = open_checkpoint(file)
+    assert [extent.name for extent in catalog.extents] == ["c"]
+    assert all("overlap" in fault.error and "tied.gguf" in fault.error for fault in catalog.faults)

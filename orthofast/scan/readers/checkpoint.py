@@ -100,8 +100,8 @@ def _add_folder(catalog: Catalog, folder: Path) -> None:
     if choice.kind == "adapter":
         catalog.config = {ADAPTER: read_json(folder / ADAPTER_CONFIG, CONFIG_LIMIT_BYTES), **catalog.config}
     read = {file.name for file in catalog.files} | set(choice.names)
-    missing = {word for fault in catalog.faults for word in fault.error.split()}
-    copies = [name for name in names if name.endswith(WEIGHTS) and name not in read | missing]
+    told = {word.strip(",:;()") for fault in catalog.faults for word in fault.error.split()}  # broken shards
+    copies = [name for name in names if name.endswith(WEIGHTS) and name not in read | told]
     copies += [f"{name}/" for name in COPIES if is_folder(folder / name)]
     if copies:
         catalog.notes.append(f"also in the folder and not read: {listed(copies)}")

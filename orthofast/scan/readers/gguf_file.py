@@ -15,6 +15,7 @@ from typing import BinaryIO
 from orthofast.errors import CheckpointError
 from orthofast.scan.catalog import Extent, Fault
 from orthofast.scan.readers.files import MAX_HEADER_BYTES, encodable, file_size, shown
+from orthofast.scan.readers.safetensors_file import overlapping
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
@@ -230,6 +231,7 @@ def _read(header: _Header) -> tuple[list[Extent], list[Fault], dict[str, object]
     extents: list[Extent] = []
     faults: list[Fault] = []
     names: set[str] = set()
+    spans: dict[tuple[int, int], Extent] = {}  # tensors of the very same bytes are tied, not corrupt
     for name, shape, ggml_type, offset in infos:
         placed = _placed(file, header.size, start, name, shape, ggml_type, offset)
         if name in names:
@@ -239,7 +241,14 @@ def _read(header: _Header) -> tuple[list[Extent], list[Fault], dict[str, object]
             faults.append(placed)
         else:
             extents.append(placed)
-    return extents, faults, settings
+            spans.setdefault((placed.offset, placed.nbytes), placed)
+    shared = overlapping(list(spans.values()))
+    corrupt = {extent.name for extent in extents if spans[extent.offset, extent.nbytes].name in shared}
+    for extent in extents if corrupt else ():
+        if extent.name in corrupt:
+            error = f"{file.name} is corrupt: the bytes of {shown(extent.name)} overlap those of another tensor"
+            faults.append(Fault(extent.name, error, extent.shape))
+    return [extent for extent in extents if extent.name not in corrupt], faults, settings
 
 
 def _info(header: _Header) -> tuple[str, tuple[int, ...], int, int]:

@@ -39,11 +39,12 @@ def catalog_of(source: nn.Module | Mapping[str, object]) -> Catalog:
 def add_tensors(catalog: Catalog, found: object, file: Path) -> None:
     """Put the tensors of nested containers into a catalog: values in ``memory``, an extent for each."""
     first: dict[tuple[object, ...], str] = {}
+    known = {extent.name for extent in catalog.extents}
     for name, value in model_tensors(found, Tensor, catalog.notes):
         assert isinstance(value, Tensor)
         tensor = value.detach()
         why = _unusable(tensor)
-        if name in catalog.memory:
+        if name in known:
             why = "comes twice; the first counts"
         if why is not None:
             catalog.faults.append(Fault(name, f"{file.name}: {name!a} {why}", tuple(tensor.shape)))
@@ -54,6 +55,7 @@ def add_tensors(catalog: Catalog, found: object, file: Path) -> None:
             continue
         nbytes = tensor.numel() * tensor.element_size()
         catalog.memory[name] = tensor
+        known.add(name)
         catalog.extents.append(Extent(name, file, 0, nbytes, CODES[tensor.dtype], tuple(tensor.shape)))
 
 

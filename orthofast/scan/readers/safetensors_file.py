@@ -49,9 +49,9 @@ def read_index(file: Path) -> tuple[list[Extent], list[Fault]]:
             continue
         claimed.append(found)
         entries.append(found)
-    overlapping = _overlapping(claimed)
+    shared = overlapping(claimed)
     for extent in claimed:
-        other = overlapping.get(extent.name)
+        other = shared.get(extent.name)
         if other is not None:
             error = f"{file.name} is corrupt: the bytes of {shown(extent.name)} overlap those of {shown(other)}"
             faults.append(Fault(extent.name, error, extent.shape))
@@ -59,7 +59,7 @@ def read_index(file: Path) -> tuple[list[Extent], list[Fault]]:
     if gap and not faults:
         error = f"{file.name} is corrupt: {gap[1] - gap[0]} bytes from byte {gap[0]} on belong to no tensor"
         faults.append(Fault(file.name, error, whole_file=True))
-    return [extent for extent in entries if extent.name not in overlapping], faults
+    return [extent for extent in entries if extent.name not in shared], faults
 
 
 def _header(file: Path, size: int) -> tuple[dict[str, object], int]:
@@ -108,7 +108,7 @@ def _entry(file: Path, name: str, entry: object, data_start: int) -> Extent | Fa
     return Extent(name, file, data_start + span[0], needed, dtype, shape)
 
 
-def _overlapping(extents: list[Extent]) -> dict[str, str]:
+def overlapping(extents: list[Extent]) -> dict[str, str]:
     """For each tensor that shares bytes with another: that other's name."""
     found: dict[str, str] = {}
     reach: Extent | None = None  # the extent that ends furthest so far

@@ -16,11 +16,11 @@ from typing import BinaryIO
 from orthofast.errors import CheckpointError
 from orthofast.scan.catalog import BITS, Extent, Fault
 from orthofast.scan.readers.files import MAX_AXES, file_size, naturals, shown
-from orthofast.scan.readers.pickle_walk import MAX_PICKLE_BYTES, Global, walk
+from orthofast.scan.readers.pickle_walk import Global, walk
 
 ZIP_START = b"PK\x03\x04"
 LOCAL_HEADER_BYTES = 30
-MAX_DIRECTORY_BYTES = 256 << 20
+MAX_PART_BYTES = 64 << 20  # of the zip's directory and of the pickle: tensors lie outside
 STORAGE_TYPES = {
     "Double": "F64",
     "Float": "F32",
@@ -151,8 +151,8 @@ class Window(io.RawIOBase):
         """At most ``size`` bytes."""
         rest = max(0, self._size - self._at)
         count = rest if size is None or size < 0 else min(size, rest)
-        if count > MAX_DIRECTORY_BYTES:
-            raise zipfile.BadZipFile(f"a directory of {count} bytes")
+        if count > MAX_PART_BYTES:
+            raise zipfile.BadZipFile(f"a part of {count} bytes, over the limit of {MAX_PART_BYTES}")
         self._handle.seek(self._start + self._at)
         content = self._handle.read(count)
         self._at += len(content)
@@ -188,7 +188,7 @@ def _archive(archive: zipfile.ZipFile, handle: BinaryIO, start: int, size: int, 
         raise CheckpointError(f"{what} is a zip file without a data.pkl of torch")
     folder = pickles[0].filename.removesuffix("data.pkl")
     found = walk(
-        _content(archive, pickles[0], MAX_PICKLE_BYTES, what), what, refuse=refusal, build=BUILD, persistent=_storage
+        _content(archive, pickles[0], MAX_PART_BYTES, what), what, refuse=refusal, build=BUILD, persistent=_storage
     )
     order = archive.NameToInfo.get(f"{folder}byteorder")
     result = Archive(found)
