@@ -119,7 +119,7 @@ class _Pass:
         self.last: str | None = None
         self.notes: list[str] = []
         self.errors: dict[str, str] = {}
-        self.domination: dict[str, float] = {}
+        self.gradients: dict[str, Tensor] = {}  # of weights, by the mean loss of the first batch
         self.calls: dict[str, int] = {}
         self._first = True
 
@@ -181,7 +181,7 @@ class _Pass:
             with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
                 self._compare(users, gradient)
                 layer = users[0][0].layer
-                self.domination[layer.name] = float(weight_domination(layer.module.weight, gradient * mean))  # type: ignore[arg-type]
+                self.gradients[layer.name] = gradient * mean
         if len(weights) < len({id(call.layer.module) for call in self.taps.calls}):
             self.notes.append(
                 "layers whose weight is frozen, computed or split over processes were not held against the weight's "
@@ -207,23 +207,20 @@ class _Pass:
         """Add up over processes."""
         moments = [moment for layer in self.taps.layers.values() for moment in (layer.x, layer.g)]
         merge_over_ranks(moments, group)
-        numbers: list[Tensor] = [torch.tensor([self.n], device=self.device)]
-        counted = [counts for neurons in self.taps.neurons.values() for counts in neurons.counts]
-        for counts in counted:
-            numbers += [counts.fired, counts.examples[None], counts.nonfinite[None]]
+        numbers: list[Tensor] = [torch.tensor([self.n], dtype=torch.float64, device=self.device)]
+        found = list(self.taps.neurons.values())
+        for neurons in found:
+            seen = torch.stack([torch.tensor(float(neurons.examples), device=self.device), (~neurons.finite).float()])
+            numbers += [neurons.fired, seen.to(torch.float64)]
         whole = torch.cat(numbers)
         torch.distributed.all_reduce(whole, group=group)
         parts = list(whole.split([len(part) for part in numbers]))
         self.n = int(parts[0])
-        for neurons, place in zip(self.taps.neurons.values(), range(1, len(parts), 3), strict=True):
-            fired, examples, nonfinite = parts[place], parts[place + 1][0], parts[place + 2][0]
-            neurons.counts = [type(neurons.counts[0])(fired, examples, nonfinite)]
-        if self.domination:
-            ratios = torch.tensor(list(self.domination.values()), dtype=torch.float64, device=self.device)
-            torch.distributed.all_reduce(ratios, group=group)
-            ratios /= torch.distributed.get_world_size(group)
-            self.domination = dict(zip(self.domination, ratios.tolist(), strict=True))
-            self.notes.append("weight_domination is the mean over processes of their first batches'")
+        for neurons, fired, seen in zip(found, parts[1::2], parts[2::2], strict=True):
+            neurons.fired, neurons.examples, neurons.finite = fired, int(seen[0]), seen[1] == 0
+        for gradient in self.gradients.values():
+            torch.distributed.all_reduce(gradient, group=group)
+            gradient.div_(torch.distributed.get_world_size(group))
 
     def row(self, layer: LayerFactors, p: Sequence[float]) -> LayerConditioning:
         """What was found of one layer."""
@@ -232,11 +229,13 @@ class _Pass:
         else:
             row = of_layer(layer, p)
         row.calls = self.calls.get(layer.name, 0)
-        row.weight_domination = self.domination.get(layer.name)
+        gradient = self.gradients.get(layer.name)
+        if gradient is not None:
+            row.weight_domination = float(weight_domination(layer.module.weight, gradient))  # type: ignore[arg-type]
         neurons = self.taps.neurons.get(layer.name)
-        if neurons is not None:
-            (counts,) = neurons.counts
-            row.dead, row.full = int((counts.fired == 0).sum()), int((counts.fired == counts.examples).sum())
+        if neurons is not None and bool(neurons.finite):
+            row.dead = int((neurons.fired == 0).sum())
+            row.full = int((neurons.fired == neurons.examples).sum())
         return row
 
 

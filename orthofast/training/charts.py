@@ -60,9 +60,7 @@ def _panel(report: Report, values: list[dict[str, Any]], field: str, title: str)
             x=altair.X(f"{field}:Q", title=title, scale=altair.Scale(type="log")),
             y=altair.Y("layer:N", sort=names, title=None),
             color=altair.Color("of:N", title="of", sort=list(SIDES.values())),
-            shape=altair.Shape(
-                "lower bound:N", scale=altair.Scale(domain=[False, True], range=["circle", "triangle-right"])
-            ),
+            shape=altair.Shape("lower bound:N", scale=shapes),
             tooltip=["layer:N", "of:N", altair.Tooltip(f"{field}:Q", format=".4g"), "lower bound:N"],
         )
     )

@@ -127,6 +127,7 @@ class SecondMoment:
         """Weigh all rows so far by ``factor``, from 0 to 1: an exponential average over calls."""
         if not 0 <= factor <= 1:
             raise InputError(f"factor needs a number from 0 to 1, got {factor!r}")
+        self._settle()
         self.count *= factor
         self._sum.mul_(factor)
         self._mean.mul_(factor)
@@ -139,18 +140,20 @@ class SecondMoment:
         """
         if type(other) is not type(self) or other.d != self.d or other.centered != self.centered:
             raise InputError(f"merge needs a {type(self).__name__} of rows of length {self.d}, centred alike")
-        self._add(other._sum.to(self.device), other._mean.to(self.device))
+        other._settle()
+        self._sum += other._sum.to(self.device, self.dtype)
+        self._mean += other._mean.to(self.device)
         self._note(other.n, other.count, other.rows_eps)
 
-    def _add(self, total: Tensor, mean: Tensor) -> None:
-        self._sum += total.to(self.dtype)
-        self._mean += mean
+    def _settle(self) -> None:
+        """Put rows that wait into the sum."""
 
     def _note(self, n: int, count: float, eps: float) -> None:
         self.n, self.count, self.rows_eps = self.n + n, self.count + count, max(self.rows_eps, eps)
 
     def compute(self) -> Tensor:
         """(d, d) float64, symmetric; NaN before the first row."""
+        self._settle()
         whole = self._sum.to(torch.float64) / (self.count or math.nan)
         whole = whole.triu() + whole.triu(1).T
         if self.centered:
@@ -169,16 +172,17 @@ class SecondMoment:
 
     def packed(self) -> Tensor:
         """(3 + d (d + 1) / 2 [+ d],) float64: n, count, eps of rows, one triangle, sums of rows; adds up over ranks."""
+        self._settle()
         index = torch.triu_indices(self.d, self.d, device=self.device)
         head = torch.tensor([self.n, self.count, self.rows_eps], dtype=torch.float64, device=self.device)
         return torch.cat([head, self._sum[index[0], index[1]].to(torch.float64), self._mean])
 
     def unpack(self, packed: Tensor) -> None:
         """Hold what :meth:`packed` gave, or a sum of these."""
+        self.reset()
         index = torch.triu_indices(self.d, self.d, device=self.device)
         size = index.shape[1]
         self.n, self.count, self.rows_eps = round(float(packed[0])), float(packed[1]), float(packed[2])
-        self._sum.zero_()
         self._sum[index[0], index[1]] = packed[3 : 3 + size].to(self.dtype)
         self._mean.copy_(packed[3 + size :])
 

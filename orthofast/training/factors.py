@@ -34,6 +34,7 @@ from orthofast.training.covariance import (
     sum_dtype,
     workspace,
 )
+from orthofast.training.patches import PatchMoment, by_offsets
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 HF_CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -136,8 +137,13 @@ class LayerFactors:
         def moment(d: int) -> SecondMoment:
             return made(d, device=device, dtype=sum_dtype(d, device, how.precision), centered=how.centered)
 
-        embedding = self.kind == "embedding"
-        self.x = DiagonalMoment(self.d_in, device=device) if embedding else moment(self.d_in)
+        if self.kind == "embedding":
+            self.x: SecondMoment = DiagonalMoment(self.d_in, device=device)
+        elif isinstance(module, CONVOLUTIONS) and self._patches():
+            dtype = sum_dtype(self.d_in, device, how.precision)
+            self.x = PatchMoment(module.in_channels // module.groups, module.kernel_size, device=device, dtype=dtype)
+        else:
+            self.x = moment(self.d_in)
         self.g = moment(self.d_out)
 
     @property
@@ -168,8 +174,12 @@ class LayerFactors:
             x = x if x.dim() == len(self.module.kernel_size) + 2 else x[None]  # type: ignore[arg-type]
             before = self.x.n
             self.x.note_dtype(x.dtype)  # rows come converted
-            for rows, weight in self._conv_inputs(x):
-                self.x.update(rows, weight=weight, count=len(rows) * weight)
+            if isinstance(self.x, PatchMoment):
+                for images in _padded(x, self.module).chunk(self.groups, 1):
+                    self.x.add_images(images)
+            else:
+                for rows, weight in self._conv_inputs(x):
+                    self.x.update(rows, weight=weight)
             self.positions = (self.x.n - before) // max(1, len(x) * self.groups)
             return None
         rows = _reduced(x, keep, "mean") if self.how.sharing == "reduce" else _flat(x, keep)
@@ -219,6 +229,15 @@ class LayerFactors:
         count = max(1, round(share * len(rows)))
         drawn = torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)
         return rows[drawn], len(rows) / count
+
+    def _patches(self) -> bool:
+        """Whether this convolution's inputs are measured without unfolding them."""
+        module: Any = self.module
+        how = self.how
+        plain = how.conv == "patches" and how.sharing == "expand" and how.method == "gram"
+        if not plain or how.centered or how.rows_per_batch is not None:
+            return False
+        return by_offsets(module.in_channels // module.groups, module.kernel_size, module.stride, module.dilation)
 
     def _conv_inputs(self, x: Tensor) -> Rows:
         module: Any = self.module

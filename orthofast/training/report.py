@@ -165,7 +165,7 @@ class Report:
 
     def __str__(self) -> str:
         head = ["layer", "d_in x d_out", "N/d", "lambda_x", "lambda_g", "lambda_F"]
-        head += [f"kappa{side} {100 * p:g}%" for p in self.p for side in "xgF"] + ["dead", "full", "domination"]
+        head += [f"kappa_{side} {100 * p:g}%" for p in self.p for side in "xgF"] + ["dead", "full", "domination"]
         lines = [[*head]]
         for path, row in self.layers.items():
             lines.append([path or "(model)", *_cells(row, self.p)])

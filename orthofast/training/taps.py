@@ -7,7 +7,7 @@ the graph is noted before anything later overwrites it in place, so that gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from orthofast.errors import InputError
-from orthofast.metrics.neurons import FiringCounts, firing_counts, merge_counts
 from orthofast.training.capture import CONVOLUTIONS, recomputing
 from orthofast.training.factors import Factors, LayerFactors
 
@@ -36,13 +35,32 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Neurons:
-    """How the outputs that follow a layer fire, over all batches."""
+    """How the outputs that follow a layer fire, over all batches.
 
-    counts: list[FiringCounts] = field(default_factory=list)
+    Attributes:
+        fired: (n,) float64, examples with an output above 0.
+        examples: how many there were.
+        finite: () bool, whether all outputs were.
+    """
 
-    def add(self, counts: FiringCounts) -> None:
+    fired: Tensor
+    examples: int
+    finite: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, axis: int) -> Neurons:
+        """Count one call's outputs; neurons lie along ``axis``."""
+        rest = [place for place in range(x.dim()) if place != axis % x.dim()]
+        above = torch.gt(x, 0, out=torch.empty_like(x, dtype=torch.float32))  # adds up faster than booleans
+        low, high = torch.aminmax(x)
+        fired = above.sum(rest).to(torch.float64)
+        return cls(fired, x.numel() // max(1, len(fired)), low.isfinite() & high.isfinite())
+
+    def add(self, other: Neurons) -> None:
         """Count more examples."""
-        self.counts = [merge_counts([*self.counts, counts])]
+        self.fired += other.fired
+        self.examples += other.examples
+        self.finite = self.finite & other.finite
 
 
 class Taps:
@@ -139,8 +157,11 @@ class Taps:
         wide = isinstance(self._modules[path], CONVOLUTIONS) or output.dim() > 3
         axis = 1 if wide and output.shape[1] == width else -1
         if output.shape[axis] == width and output.is_floating_point():
-            counts = firing_counts(output.detach(), axis)
-            self.neurons.setdefault(path, Neurons()).add(counts)
+            found = Neurons.of(output.detach(), axis)
+            if path in self.neurons:
+                self.neurons[path].add(found)
+            else:
+                self.neurons[path] = found
 
 
 def refuse(path: str, x: Any, output: Any) -> None:
