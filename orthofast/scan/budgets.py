@@ -7,12 +7,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from orthofast.scan.decoders import decoded_bytes, decoded_dtype
 from orthofast.scan.devices import Device
-from orthofast.scan.engines import AHEAD, READERS, DeviceStaging, Engine, HostStaging, PositionalEngine
+from orthofast.scan.engines import (
+    AHEAD,
+    READERS,
+    REGION_ALIGNMENT,
+    DeviceStaging,
+    Engine,
+    HostStaging,
+    PositionalEngine,
+)
 from orthofast.scan.options import GIB, ScanOptions
 from orthofast.scan.plan import Item
 from orthofast.scan.reading import ALIGNMENT, READ_BYTES, scratch_bytes
-from orthofast.scan.weights import PLAIN, Weight
 
 HOST_GROUP_BYTES = 64 << 20  # weights handed to the fold together
 DEVICE_GROUP_BYTES = 256 << 20
@@ -37,37 +45,38 @@ class Budget:
     slabs: int = 0
 
 
-def decoded_bytes(weight: Weight) -> int:
-    """Bytes a weight takes beside its stored form while it is folded."""
-    scratch = scratch_bytes(weight)
-    if weight.coding == PLAIN:
-        return scratch
-    size = 4  # float32
-    for axis in weight.shape:
-        size *= axis
-    return scratch + size
+def stored_bytes(item: Item) -> int:
+    """Bytes a weight's parts take in a group's memory, gaps counted."""
+    return item.weight.nbytes + ALIGNMENT * len(item.weight.parts)
 
 
-def budget_for(weights: Iterable[Weight], options: ScanOptions, free_bytes: int | None = None) -> Budget:
+def working_bytes(item: Item) -> int:
+    """Bytes a weight takes beside its stored form while it is folded: decoded values, pieces joined, runs joined."""
+    weight = item.weight
+    decoded = decoded_bytes(weight)
+    if any(matrix.stack for matrix in item.matrices):  # one expert after the other
+        decoded //= max(weight.shape[0], 1) if len(weight.shape) == 3 else 1
+    copied = max((m.out * m.inward for m in item.matrices if m.copies), default=0) * decoded_dtype(weight).itemsize
+    return scratch_bytes(weight) + decoded + copied
+
+
+def budget_for(items: Iterable[Item], options: ScanOptions, free_bytes: int | None = None) -> Budget:
     """Sizes for these weights.
 
     Args:
-        weights: all of a plan's.
+        items: all of a plan's.
         options: with ``host_mem`` and ``gpu_mem``.
         free_bytes: free memory of the device; None on the processor.
     """
     if free_bytes is None:
         return Budget(min(HOST_GROUP_BYTES, options.host_mem // (AHEAD + 1)))
-    stored, decoded, total = 1, 0, 0
-    for weight in weights:
-        stored, decoded = (
-            max(stored, weight.nbytes + ALIGNMENT * len(weight.parts)),
-            max(decoded, decoded_bytes(weight)),
-        )
-        total += weight.nbytes + ALIGNMENT * len(weight.parts)
+    stored, working, total = 1, 0, 0
+    for item in items:
+        size = stored_bytes(item)
+        stored, working, total = max(stored, size), max(working, working_bytes(item)), total + size
     most = int(FREE_FRAC * free_bytes)
-    allowed = options.gpu_mem or max(2 * GIB, 3 * stored + decoded)
-    ring = max(1, min(allowed, most) - decoded)
+    allowed = options.gpu_mem or max(2 * GIB, 3 * (stored + REGION_ALIGNMENT) + working)
+    ring = max(1, min(allowed, most) - working)
     group = min(DEVICE_GROUP_BYTES, max(1, ring // (AHEAD + 1)))
     slab = max(1, min(READ_BYTES, options.host_mem // 4))
     slabs = max(2, min(SLABS, options.host_mem // slab))
@@ -79,8 +88,7 @@ def batches(items: Sequence[Item], budget: Budget) -> Iterator[list[Item]]:
     batch: list[Item] = []
     size = 0
     for item in items:
-        weight = item.weight
-        needed = weight.nbytes + ALIGNMENT * len(weight.parts) + decoded_bytes(weight)
+        needed = stored_bytes(item) + working_bytes(item)
         if batch and size + needed > budget.group:
             yield batch
             batch, size = [], 0

@@ -25,6 +25,7 @@ from orthofast.scan.reading import READ_BYTES, Files, Layout, Segment, lay_out, 
 from orthofast.scan.slabs import Event, Ring, Slabs
 
 AHEAD = 2  # groups read while one is folded
+REGION_ALIGNMENT = 256  # of a group in a ring: what allocators of devices give
 READERS = 4  # threads that wait for disks; the processor's time goes to the fold
 
 Parts = dict[str, Tensor]
@@ -113,6 +114,8 @@ class HostStaging:
         if size == self._slab_bytes and self._kept:
             region = self._kept.pop()
         else:
+            while self._kept and self._used + len(self._kept) * self._slab_bytes + size > self._limit:
+                self._kept.pop()
             try:
                 region = torch.empty(size, dtype=torch.uint8)
             except (MemoryError, RuntimeError):
@@ -159,11 +162,12 @@ class DeviceStaging:
 
     def reserve(self, nbytes: int) -> Tensor | None:
         """A region of the ring."""
-        if nbytes > self._ring.nbytes:
+        size = -(-nbytes // REGION_ALIGNMENT) * REGION_ALIGNMENT
+        if size > self._ring.nbytes:
             raise CheckpointError(
                 f"{nbytes} bytes that belong together exceed the {self._ring.nbytes} held on the device; raise gpu_mem"
             )
-        start = self._ring.reserve(nbytes)
+        start = self._ring.reserve(size)
         return None if start is None else self._memory[start : start + nbytes]
 
     def release(self, region: Tensor) -> None:

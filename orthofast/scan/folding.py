@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from orthofast.scan.plan import Item
 from orthofast.scan.result import Row
 from orthofast.scan.roles import Reading
 from orthofast.scan.slabs import Event
+from orthofast.scan.weights import PLAIN
 
 BINS = 64  # of the histogram of cosines
 CALL_FLOPS = 2e10  # folded in one call on a processor: tenths of a second
@@ -72,6 +73,7 @@ class Job:
         side: "rows" or "cols".
         n: number of vectors in a set.
         d: their length.
+        alone: the expert that is decoded without its stack; None where the weight is decoded whole.
         heads: sets, one per head; 0 for the whole matrix.
     """
 
@@ -80,7 +82,13 @@ class Job:
     side: str
     n: int
     d: int
+    alone: int | None = None
     heads: int = 0
+
+    @property
+    def source(self) -> tuple[int, int | None]:
+        """What is decoded for it: index of the weight, and the expert where one is decoded alone."""
+        return self.item, self.alone
 
     @property
     def flops(self) -> float:
@@ -88,10 +96,12 @@ class Job:
         return max(self.heads, 1) * self.n * (self.n - 1.0) * self.d
 
     def view(self, weight: Tensor) -> Tensor:
-        """(n, d) of the whole matrix or (heads, n, d)."""
-        rows = self.matrix.view(weight)  # (out, in)
-        vectors = rows if self.side == "rows" else rows.T
-        return vectors.unflatten(0, (self.heads, self.n)) if self.heads else vectors
+        """(n, d) of the whole matrix or (heads, n, d), from what was decoded."""
+        matrix = self.matrix if self.alone is None else replace(self.matrix, stack=1, expert=0)
+        if self.heads:
+            return matrix.head_views(weight)
+        rows = matrix.view(weight)  # (out, in)
+        return rows if self.side == "rows" else rows.T
 
 
 @dataclass(slots=True)
@@ -113,21 +123,23 @@ class Fetch:
 
 def jobs_of(item: Item, settings: Settings, index: int = 0) -> Iterator[Job]:
     """Everything to fold in one weight."""
+    stacked = item.weight.coding != PLAIN and len(item.weight.shape) == 3
     for matrix in item.matrices:
+        alone = matrix.expert if stacked and matrix.stack else None
         for side in settings.sides:
             n, d = matrix.sizes(side)
-            yield Job(index, matrix, side, n, d)
+            yield Job(index, matrix, side, n, d, alone)
             if settings.heads and matrix.heads > 1 and matrix.head_axis == side:
-                yield Job(index, matrix, side, n // matrix.heads, d, matrix.heads)
+                yield Job(index, matrix, side, *matrix.head_sizes(), alone, matrix.heads)
 
 
 def calls(jobs: Sequence[Job], device: Device | None) -> Iterator[list[Job]]:
-    """Whole weights, about so many operations at a time: few calls, and progress that moves."""
+    """Whole weights or experts, about so many operations at a time: few calls, and progress that moves."""
     limit = CALL_FLOPS if device is None else DEVICE_CALL_FLOPS
     call: list[Job] = []
     flops = 0.0
     for job in jobs:
-        if flops >= limit and job.item != call[-1].item:
+        if flops >= limit and job.source != call[-1].source:
             yield call
             call, flops = [], 0.0
         call.append(job)
@@ -151,11 +163,11 @@ class Folder:
         self._device = device
         self._known: dict[tuple[object, ...], str] = {}
 
-    def start(self, jobs: list[Job], weights: dict[int, Tensor]) -> list[Fetch]:
+    def start(self, jobs: list[Job], weights: Mapping[tuple[int, int | None], Tensor]) -> list[Fetch]:
         """Fold jobs of decoded weights; where memory is short, fewer at a time, and one that never fits is named."""
         began = time.perf_counter()
         try:
-            records = self._fold([job.view(weights[job.item]) for job in jobs])
+            records = self._fold([job.view(weights[job.source]) for job in jobs])
             return [self._fetched(jobs, records)]
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):

@@ -7,6 +7,7 @@ what decides the numbers is the same. Python writes a float in the digits that g
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 from orthofast.errors import InputError
 from orthofast.scan.catalog import Extent
-from orthofast.scan.plan import Item
+from orthofast.scan.plan import Item, Plan
 from orthofast.scan.result import Row
 
 try:
@@ -26,6 +27,7 @@ except ImportError:  # no locks between processes there
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
+RANK_SUFFIX = ".rank"  # and its number: the journal of one rank of a team
 TUPLES = ("max_pair", "histogram", "tied")  # fields of a row that JSON knows only as lists
 
 
@@ -98,6 +100,12 @@ class Journal:
         document = {"key": self.key(item), "name": item.weight.name, "rows": [asdict(row) for row in rows]}
         self._write(document)
 
+    def read_others(self, path: Path) -> None:
+        """Use the journals of an earlier scan that other ranks, or one process alone, wrote beside ``path``."""
+        for other in sorted({path, *path.parent.glob(f"{glob.escape(path.name)}{RANK_SUFFIX}*")} - {self.path}):
+            if other.is_file():
+                self._take(other.read_bytes())
+
     def close(self) -> None:
         """Let others use the file."""
         if self._descriptor >= 0:
@@ -135,16 +143,20 @@ class Journal:
             pass  # a file system without locks
 
     def _load(self) -> None:
-        content, end = Path(self.path).read_bytes(), 0
-        for line in content.splitlines(keepends=True):
+        content = self.path.read_bytes()
+        self._take(content)
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # the last line was torn: what follows must not be joined to it
+            os.ftruncate(self._descriptor, whole)
+            content = content[:whole]
+        if not content:
+            self._write({"orthofast_journal": FORMAT})
+
+    def _take(self, content: bytes) -> None:
+        for line in content.split(b"\n")[:-1]:
             entry = _parsed(line)
             if entry is not None and all(row.error is None for row in entry[1]):  # what failed is tried again
                 self.finished[entry[0]] = entry[1]
-            end += len(line) if line.endswith(b"\n") else 0
-        if end < len(content):  # the last line was torn: what follows must not be joined to it
-            os.ftruncate(self._descriptor, end)
-        if not content:
-            self._write({"orthofast_journal": FORMAT})
 
     def _write(self, document: Mapping[str, object]) -> None:
         line = json.dumps(document, separators=(",", ":")).encode() + b"\n"
@@ -158,6 +170,15 @@ class Journal:
             ) from None
 
 
+def plan_digest(plan: Plan, settings: Mapping[str, object]) -> str:
+    """What the ranks of a team must agree on; not the times of files, which differ between machines."""
+    weights = [
+        [item.weight.name, item.weight.shape, item.weight.coding, item.weight.nbytes, item.weight.first.offset]
+        for item in plan.items
+    ]
+    return _digest({"weights": weights, "settings": settings})
+
+
 def row_from(fields: Mapping[str, Any]) -> Row:
     """A row from what ``asdict`` and JSON made of it."""
     values = dict(fields)
@@ -169,8 +190,6 @@ def row_from(fields: Mapping[str, Any]) -> Row:
 
 def _parsed(line: bytes) -> tuple[str, list[Row]] | None:
     """Key and rows of a whole line; None for the first line, and for what was torn or spoilt."""
-    if not line.endswith(b"\n"):
-        return None
     try:
         document = json.loads(line)
         return str(document["key"]), [row_from(fields) for fields in document["rows"]]

@@ -13,6 +13,7 @@ from orthofast.scan.decoders import decode
 from orthofast.scan.devices import Device
 from orthofast.scan.engines import Engine, Group
 from orthofast.scan.folding import Fetch, Folder, Job, calls, error_row, is_shortage, jobs_of
+from orthofast.scan.matrices import Matrix
 from orthofast.scan.plan import Item
 from orthofast.scan.result import Row
 
@@ -65,25 +66,26 @@ def _fold(group: Group, folder: Folder, finished: Finished, device: Device | Non
     jobs: list[Job] = []
     for index, (item, parts) in enumerate(zip(group.items, group.parts, strict=True)):
         if isinstance(parts, CheckpointError):
-            folded.rows[index] = _failed(item, str(parts), folder)
+            folded.rows[index] = _failed(item.matrices, str(parts), folder)
         else:
             folded.rows[index] = []
             jobs += jobs_of(item, folder.settings, index)
     reported = 0
     for call in calls(jobs, device):
-        weights: dict[int, Tensor] = {}
-        for index in dict.fromkeys(job.item for job in call):
-            found = _decoded(group, index, device)
+        weights: dict[tuple[int, int | None], Tensor] = {}
+        for source in dict.fromkeys(job.source for job in call):
+            found = _decoded(group, *source, device)
             if isinstance(found, Tensor):
-                weights[index] = found
+                weights[source] = found
             else:
-                folded.rows[index] = _failed(group.items[index], found, folder)
-        ready = [job for job in call if job.item in weights]
+                matrices = [job.matrix for job in call if job.source == source and not job.heads]
+                folded.rows[source[0]] += _failed(dict.fromkeys(matrices), found, folder)
+        ready = [job for job in call if job.source in weights]
         if ready:
             folded.fetches += folder.start(ready, weights)
         if device is None:
             _gather(folded, folder)
-            through = call[-1].item + 1
+            through = call[-1].item + (call[-1].alone is None)  # else experts may follow
             _report(folded, finished, reported, through)
             reported = through
     if device is None:
@@ -112,13 +114,13 @@ def _report(folded: _Folded, finished: Finished, start: int, stop: int) -> None:
             finished(folded.group.items[index], rows)
 
 
-def _decoded(group: Group, index: int, device: Device | None) -> Tensor | str:
-    """A weight's values, or why there are none."""
+def _decoded(group: Group, index: int, expert: int | None, device: Device | None) -> Tensor | str:
+    """The values of a weight or of one expert in it, or why there are none."""
     item, parts = group.items[index], group.parts[index]
     assert not isinstance(parts, CheckpointError)
     for _ in range(2):
         try:
-            return decode(item.weight, parts)
+            return decode(item.weight, parts, slice(None) if expert is None else slice(expert, expert + 1))
         except CheckpointError as error:
             return str(error)
         except (RuntimeError, MemoryError) as error:
@@ -130,5 +132,5 @@ def _decoded(group: Group, index: int, device: Device | None) -> Tensor | str:
     return f"{item.weight.first.file.name}: no memory to decode {item.weight.name!a}"
 
 
-def _failed(item: Item, error: str, folder: Folder) -> list[Row]:
-    return [error_row(matrix, side, error) for matrix in item.matrices for side in folder.settings.sides]
+def _failed(matrices: Iterable[Matrix], error: str, folder: Folder) -> list[Row]:
+    return [error_row(matrix, side, error) for matrix in matrices for side in folder.settings.sides]

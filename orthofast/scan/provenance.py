@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy
 import torch
@@ -20,11 +21,13 @@ from orthofast.scan.budgets import batches, budget_for, open_engine
 from orthofast.scan.copies import find_copies
 from orthofast.scan.devices import Device, open_device
 from orthofast.scan.folding import BINS, Folder, Settings
-from orthofast.scan.journal import Journal
+from orthofast.scan.journal import RANK_SUFFIX, Journal, plan_digest
 from orthofast.scan.options import ScanOptions
 from orthofast.scan.pipeline import Finished, Progress, run
 from orthofast.scan.plan import Item, Plan
+from orthofast.scan.ranks import Scan, Team, restarted
 from orthofast.scan.result import Row, ScanResult
+from orthofast.scan.sharing import collect_published, measure_alone, measure_together
 from orthofast.scan.tally import Tally
 
 
@@ -62,6 +65,7 @@ def measure(
     device: str | torch.device | None = None,
     options: ScanOptions | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> ScanResult:
     """Measure every matrix of a plan, order the rows and add the provenance.
 
@@ -74,6 +78,8 @@ def measure(
         device: where the folds run, such as "cuda"; None for the processor.
         options: memory, journal and what else is asked for seldom.
         progress: called with (bytes done, bytes in all, name of the latest weight), from the caller's thread.
+        team: other processes that call this with the same plan, from ``team_from_environment``; each gets the result,
+            and each writes a journal of its own (``.rank0`` and so on is appended to its name).
 
     Raises:
         InputError: if an argument cannot be used.
@@ -90,39 +96,71 @@ def measure(
         backend=backend,
     )
     place = open_device(device)
-    memory = plan.catalog.memory
     tally = Tally(plan, {})
+    scan: Scan | None = None
+
+    def finished(item: Item, rows: list[Row]) -> None:
+        if journal is not None:
+            journal.add(item, rows)
+        tally.add(item, rows)
+        spent.measured += 1
+        if progress is not None:
+            progress(tally.done_bytes, plan.nbytes, item.weight.name)
+
+    def run_parts(parts: Iterable[list[Item]], report: Finished) -> None:
+        _run(parts, plan, settings, options, place, spent, report)
+
     try:
         with ExitStack() as opened:
-            tally = Tally(plan, find_copies(plan.items, memory))
-            journal = None
-            if options.journal is not None:
-                journal = Journal(options.journal, _identity(settings, place), memory=memory, resume=options.resume)
-                opened.callback(journal.close)
-                for item in tally.missing:
-                    rows = journal.rows(item)
-                    if rows is not None:
-                        tally.add(item, rows)
-                        spent.reused += 1
-
-            def finished(item: Item, rows: list[Row]) -> None:
-                if journal is not None:
-                    journal.add(item, rows)
-                tally.add(item, rows)
-                spent.measured += 1
-                if progress is not None:
-                    progress(tally.done_bytes, plan.nbytes, item.weight.name)
-
-            missing = tally.missing
-            if missing:
-                _run(missing, plan, settings, options, place, spent, finished)
+            shared = team is not None or options.journal is not None
+            identity = _identity(settings, place) if shared else {}
+            journal = _open_journal(plan, options, identity, team, opened)
+            tally = Tally(plan, find_copies(plan.items, plan.catalog.memory))
+            spent.reused = _reuse(journal, tally)
+            if team is None:
+                measure_alone(tally, run_parts, finished)
+            else:
+                scan = team.begin(plan_digest(plan, identity))
+                opened.callback(scan.stop)
+                measure_together(scan, tally, settings, run_parts, finished)
+                scan.leave()
     except KeyboardInterrupt:
-        raise Interrupted(_result(plan, tally, settings, place, spent)) from None
-    return _result(plan, tally, settings, place, spent)
+        if scan is not None:
+            collect_published(scan, tally)
+        raise Interrupted(_result(plan, tally, settings, place, spent, team)) from None
+    return _result(plan, tally, settings, place, spent, team)
+
+
+def _open_journal(
+    plan: Plan, options: ScanOptions, identity: Mapping[str, object], team: Team | None, opened: ExitStack
+) -> Journal | None:
+    if options.journal is None:
+        return None
+    path = Path(options.journal)
+    if team is not None:
+        path = path.with_name(f"{path.name}{RANK_SUFFIX}{team.rank}")
+    resume = options.resume or (team is not None and restarted())
+    journal = Journal(path, identity, memory=plan.catalog.memory, resume=resume)
+    opened.callback(journal.close)
+    if resume:
+        journal.read_others(Path(options.journal))
+    return journal
+
+
+def _reuse(journal: Journal | None, tally: Tally) -> int:
+    """Take over what the journal has; how many weights that were."""
+    count = 0
+    for item in tally.missing if journal is not None and journal.finished else ():
+        assert journal is not None
+        rows = journal.rows(item)
+        if rows is not None:
+            tally.add(item, rows)
+            count += 1
+    return count
 
 
 def _run(
-    items: Sequence[Item],
+    parts: Iterable[list[Item]],
     plan: Plan,
     settings: Settings,
     options: ScanOptions,
@@ -130,15 +168,16 @@ def _run(
     spent: _Spent,
     finished: Finished,
 ) -> None:
-    """Measure some of a plan's weights; what was spent is known even where this ends early."""
+    """Measure lists of a plan's weights as they come; what was spent is known even where this ends early."""
     with nullcontext() if device is None else device.scope():
         free = None if device is None else device.free_bytes()
-        budget = budget_for((item.weight for item in plan.items), options, free)
+        budget = budget_for(plan.items, options, free)
         engine = open_engine(budget, options, plan.catalog.memory, device)
         folder = Folder(settings, device)
         began = time.perf_counter()
         try:
-            run(batches(items, budget), engine, folder, finished, device)
+            drawn = (batch for part in parts for batch in batches(part, budget))
+            run(drawn, engine, folder, finished, device)
         finally:
             engine.close()
             spent.fold_s += folder.fold_s
@@ -147,7 +186,9 @@ def _run(
             spent.backends |= folder.backends
 
 
-def _result(plan: Plan, tally: Tally, settings: Settings, device: Device | None, spent: _Spent) -> ScanResult:
+def _result(
+    plan: Plan, tally: Tally, settings: Settings, device: Device | None, spent: _Spent, team: Team | None
+) -> ScanResult:
     catalog = plan.catalog
     sample = settings.sample
     provenance: dict[str, object] = {
@@ -170,6 +211,7 @@ def _result(plan: Plan, tally: Tally, settings: Settings, device: Device | None,
         "heads": settings.heads,
         "sample": None if sample is None else {"pairs": sample.pairs, "seed": sample.seed},
         "detail": settings.detail,
+        "ranks": 1 if team is None else team.size,
         "notes": list(catalog.notes),
         "weights": {"measured": spent.measured, "reused": spent.reused, "missing": len(tally.missing)},
         "timings": {

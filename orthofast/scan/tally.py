@@ -32,6 +32,11 @@ class Tally:
         self.done_bytes = 0
 
     @property
+    def items(self) -> list[Item]:
+        """All weights of the plan."""
+        return self._plan.items
+
+    @property
     def missing(self) -> list[Item]:
         """Weights that are to be folded and are not yet, in reading order."""
         items = enumerate(self._plan.items)
@@ -48,10 +53,9 @@ class Tally:
             self.done_bytes += sum(self._sizes[other] for other in self._groups.get(index, [index]))
         self._rows[index] = list(rows)
 
-    def found(self) -> Iterator[tuple[Item, list[Row]]]:
-        """Every weight that was folded, with its rows."""
-        for index, rows in sorted(self._rows.items()):
-            yield self._plan.items[index], rows
+    def known(self) -> Iterator[tuple[int, list[Row]]]:
+        """Place in the plan and rows of every weight that was folded."""
+        yield from sorted(self._rows.items())
 
     def rows(self) -> list[Row]:
         """All rows, in the order of a result."""
