@@ -43,8 +43,9 @@ def join_weights(catalog: Catalog) -> Weights:
     """Join the extents of a catalog into weights.
 
     How weights are quantised is what the configuration says, or what a tensor says of itself: bitsandbytes'
-    descriptions, GGUF's types, a float8 matrix with one factor per block beside it. The rest is never guessed: it is
-    listed as skipped, by the name of its method. A weight whose companions are missing or do not fit is a fault.
+    descriptions, GGUF's types, MXFP4 blocks beside their exponents, a float8 matrix beside one factor per block. The
+    rest is never guessed: it is listed as skipped, by the name of its method. A weight whose companions are missing or
+    do not fit is a fault.
 
     Args:
         catalog: from ``open_checkpoint``; companions may lie in any of its files.
@@ -58,6 +59,7 @@ def join_weights(catalog: Catalog) -> Weights:
         _skip_unsupported(stored, method)
     else:
         _bitsandbytes(stored, {})
+        join_mxfp4(stored, certain=False)
         join_unmistakable(stored)
     for name, extent in list(stored.left.items()):
         reason = _undecodable(extent)

@@ -20,7 +20,7 @@ from torch import Tensor
 FILE = Path(__file__).with_name("quantised_golden.json")
 MODULE = "model.layers.0.mlp.down_proj"
 PACKAGES = ("gguf", "compressed-tensors", "bitsandbytes", "transformers", "torch")
-GGUF_TYPES = "Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 MXFP4 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
+GGUF_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # bytes of a block that are halves: random bits there would be NaN or Inf
 HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "MXFP4": ()}
 HALVES |= {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}

@@ -84,6 +84,11 @@ def decoded(
     return decode(weights[name], parts_of(weights[name], tensors), span)
 
 
+def described(state: Mapping[str, object]) -> Tensor:
+    """A description as bitsandbytes stores it: JSON in bytes."""
+    return torch.frombuffer(bytearray(json.dumps(state), "utf-8"), dtype=torch.uint8)
+
+
 def words_of(values: np.ndarray, bits: int) -> Tensor:
     """(rows, count) integers -> (rows, words) int32: one stream of bits per row, lowest bits first."""
     rows = []

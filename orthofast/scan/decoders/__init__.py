@@ -26,11 +26,15 @@ CODINGS: dict[str, tuple[torch.dtype, Callable[[Weight, Mapping[str, Tensor]], R
     gguf_blocks.CODING: (torch.float32, gguf_blocks.rows),
     gguf_package.CODING: (torch.float32, gguf_package.rows),
 }
+# stored as (in, out): the values stay so in memory and are seen through strides, which folds take as they are
+COLUMN_MAJOR = (packed.GPTQ, packed.AWQ)
 CPU_VALUES = 1 << 20  # decoded at a time: their temporaries stay in a processor's cache
 GPU_VALUES = 1 << 25  # launches cost more than memory traffic
 
 
-def decode(weight: Weight, parts: Mapping[str, Tensor], span: slice = slice(None)) -> Tensor:
+def decode(
+    weight: Weight, parts: Mapping[str, Tensor], span: slice = slice(None), *, into: Tensor | None = None
+) -> Tensor:
     """Values of a weight, on the device of its parts.
 
     Memory: the values, the parts, and temporaries for ``CPU_VALUES`` or ``GPU_VALUES`` values at a time.
@@ -39,6 +43,8 @@ def decode(weight: Weight, parts: Mapping[str, Tensor], span: slice = slice(None
         weight: from ``join_weights``.
         parts: role -> stored tensor, of the extent's dtype and shape or as its bytes (uint8).
         span: range of the first axis to decode, the whole by default; of step 1.
+        into: memory to use again for the values, flat, of ``decoded_dtype(weight)`` and on the parts' device: fresh
+            memory costs a CPU as much as decoding. Not used for a plain weight.
 
     Returns:
         Values of ``weight.shape``, or of the range, in a floating-point type that ``gram_stats`` takes.
@@ -57,7 +63,12 @@ def decode(weight: Weight, parts: Mapping[str, Tensor], span: slice = slice(None
     transposed = weight.settings.get("transposed") is True  # the model has the last two axes the other way round
     sizes = (*weight.shape[1:-2], weight.shape[-1], weight.shape[-2]) if transposed else weight.shape[1:]
     device = ready["weight"].device
-    values = torch.empty((last - first, *sizes), dtype=dtype, device=device)
+    count = (last - first) * math.prod(sizes)
+    flat = torch.empty(count, dtype=dtype, device=device) if into is None else into[:count]
+    if weight.coding in COLUMN_MAJOR:
+        values = flat.view(*sizes, last - first).T
+    else:
+        values = flat.view(last - first, *sizes)
     step = max(1, (CPU_VALUES if device.type == "cpu" else GPU_VALUES) // max(1, math.prod(sizes)))
     try:
         rows = make(weight, ready)

@@ -112,15 +112,17 @@ class Stored:
         """The first of these tensors that is there."""
         return next((self.left[name] for name in names if name in self.left), None)
 
-    def need(self, name: str) -> Extent:
-        """A tensor that a weight cannot do without.
+    def need(self, *names: str) -> Extent:
+        """A tensor that a weight cannot do without: the first of these names that is there.
 
         Raises:
-            CheckpointError: if it is not there.
+            CheckpointError: if none is.
         """
-        if name in self.left:
-            return self.left[name]
-        raise CheckpointError(f"{name} is missing" + (f": {self._broken[name]}" if name in self._broken else ""))
+        extent = self.first(*names)
+        if extent is not None:
+            return extent
+        known = [self._broken[name] for name in names if name in self._broken]
+        raise CheckpointError(": ".join([f"{' or '.join(names)} is missing", *known[:1]]))
 
     def join(self, name: str, shape: tuple[int, ...] | None, names: Iterable[str], make: Callable[[], Weight]) -> None:
         """Add the weight that ``make`` returns, or the fault it raises; ``names`` are taken in both cases.
@@ -136,7 +138,7 @@ class Stored:
         else:
             self.weights.found.append(weight)
             read = {extent.name for extent in weight.parts.values()}
-        self.skip((each for each in own if each not in read), f"tells how {name} is stored")
+        self.skip((each for each in own if each not in read), f"belongs to {name}, which is decoded without reading it")
         for each in read:
             self.left.pop(each, None)
 

@@ -17,7 +17,8 @@ from orthofast.scan.decoders.words import words_needed
 METHOD = "compressed-tensors"
 EIGHT_BIT_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized")
 FORMATS = (*EIGHT_BIT_FORMATS, "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
-SIGNS = {"weight_packed": 1, "compressed": 1, "bitmask": 1, "meta": 1}  # only a compressed layer has them
+# names that only a compressed layer has, and the format of those that are not decoded
+SIGNS = {"weight_packed": "", "compressed": "sparse-bitmask", "bitmask": "sparse-bitmask", "meta": "marlin-24"}
 
 
 def join_compressed(stored: Stored, quantization: Mapping[str, object]) -> None:
@@ -30,8 +31,8 @@ def join_compressed(stored: Stored, quantization: Mapping[str, object]) -> None:
             continue  # plain float8
         group = _group_of(module, quantization)
         form = str(group.get("format") or quantization.get("format") or "")
-        if form not in FORMATS or leaf in ("compressed", "bitmask", "meta"):
-            form = {"bitmask": "sparse-bitmask", "meta": "marlin-24"}.get(leaf, form)
+        if form not in FORMATS or SIGNS.get(leaf):
+            form = SIGNS.get(leaf) or form
             stored.skip_module(module, f"unsupported quantisation {METHOD}, format {form or 'not named'}")
             continue
         told = group.get("weights")

@@ -12,6 +12,7 @@ from orthofast.scan.decoders.contract import FLOAT8, FLOATS, Stored, Weight, exp
 from orthofast.scan.decoders.fourbit import BNB, MX_GROUP, MXFP4, NV_GROUP, NVFP4
 from orthofast.scan.decoders.scaled import join_float8
 
+MODELOPT = ("FP8", "NVFP4", "MIXED_PRECISION")
 STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 BNB_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *STATES)
 
@@ -52,15 +53,24 @@ def join_bitsandbytes(stored: Stored) -> None:
         stored.join(name, None, [name + part for part in BNB_PARTS], make)
 
 
-def join_mxfp4(stored: Stored) -> None:
+def join_mxfp4(stored: Stored, *, certain: bool = True) -> None:
     """Join "X_blocks" (..., out, in / 32, 16) with "X_scales" (..., out, in / 32), as gpt-oss is stored.
 
     Stored as (experts, out, in), where the unquantised model has (experts, in, out): the weight comes in that
     orientation, as a view.
+
+    Args:
+        stored: the tensors left.
+        certain: the configuration says so; else only pairs are joined that can be nothing else.
     """
     for name, blocks in stored.ending("_blocks"):
         if blocks.dtype != "U8" or len(blocks.shape) < 3 or blocks.shape[-1] != MX_GROUP // 2:
             continue
+        if not certain:
+            beside = stored.left.get(f"{name}_scales")
+            if beside is None or beside.shape != blocks.shape[:-1] or beside.dtype not in ("U8", "F8_E8M0"):
+                continue
+            stored.catalog.notes.append(f"{name} was decoded as MXFP4, though no configuration says so")
 
         def make(name: str = name, blocks: Extent = blocks) -> Weight:
             scales = stored.need(f"{name}_scales")
@@ -76,6 +86,14 @@ def join_mxfp4(stored: Stored) -> None:
 
 def join_modelopt(stored: Stored, quantization: Mapping[str, object]) -> None:
     """Join NVFP4 (bytes, float8 scales per 16, one factor in "weight_scale_2") and float8 weights of ModelOpt."""
+    told = quantization.get("quantization")  # as hf_quant_config.json has it
+    quantization = told if isinstance(told, dict) else quantization
+    kind = quantization.get("quant_algo")
+    if isinstance(kind, str) and kind.upper() not in MODELOPT:
+        for module, packed in stored.ending(".weight"):
+            if packed.dtype in ("U8", "I8") or packed.dtype in FLOAT8:
+                stored.skip_module(module, f"unsupported quantisation modelopt {kind}")
+        return
     for name, packed in stored.ending(".weight"):
         if packed.dtype == "U8" and f"{name}.weight_scale_2" in stored.left:
             join_nvfp4(stored, f"{name}.weight", packed, f"{name}.weight_scale", f"{name}.weight_scale_2", False)

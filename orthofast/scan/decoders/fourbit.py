@@ -32,7 +32,9 @@ def pairs(table: Tensor, *, high_first: bool) -> Tensor:
 
 def look_up(octets: Tensor, pair: Tensor) -> Tensor:
     """(..., n) bytes -> (..., 2 n) values."""
-    return torch.nn.functional.embedding(octets.to(torch.int32), pair).flatten(-2)
+    whole = pair.view(torch.int64 if pair.element_size() == 4 else torch.int32).view(-1)  # a pair as one number
+    found = whole.index_select(0, octets.reshape(-1).to(torch.int32))
+    return found.view(pair.dtype).view(*octets.shape[:-1], 2 * octets.shape[-1])
 
 
 def mxfp4_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:

@@ -19,6 +19,7 @@ from orthofast.scan.decoders.fourbit import E2M1, look_up, pairs
 
 CODING = "gguf"
 LARGE = 256  # values of a K block
+LOW_HALVES = 0x0F0F0F0F0F0F0F0F
 
 Decode = Callable[[Tensor], Tensor]  # (blocks, bytes) uint8 -> (blocks, values) float32
 
@@ -45,19 +46,21 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _shifted(octets: Tensor, steps: tuple[int, ...]) -> Tensor:
     """(blocks, parts, width) -> (blocks, parts, steps, width), each part shifted right by each step."""
-    shifts = torch.tensor(steps, dtype=torch.uint8, device=octets.device)
-    return octets.unsqueeze(-2) >> shifts.view(-1, 1)
+    return torch.stack([octets >> step for step in steps], dim=-2)  # by one number each: vectorised, unlike a table
 
 
 def _nibbles(octets: Tensor) -> Tensor:
-    """(blocks, 16) -> (blocks, 32): all low halves, then all high ones."""
-    return torch.cat((octets & 15, octets >> 4), dim=-1)
+    """(blocks, 16) -> (blocks, 32): all low halves, then all high ones; eight bytes at a time."""
+    words = octets.contiguous().view(torch.int64)
+    return torch.cat((words & LOW_HALVES, (words >> 4) & LOW_HALVES), dim=-1).view(torch.uint8)
 
 
-def _bits(octets: Tensor) -> Tensor:
-    """(blocks, 4) -> (blocks, 32): lowest bit of the first byte first."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=octets.device)
-    return ((octets.unsqueeze(-1) >> shifts) & 1).flatten(-2)
+def _fifth_bits(octets: Tensor) -> Tensor:
+    """(blocks, 4) -> (blocks, 32): 16 where the bit is set, the lowest of the first byte first."""
+    table = ((torch.arange(256).unsqueeze(-1) >> torch.arange(8)) & 1).to(torch.uint8) << 4  # (256, 8)
+    words = table.to(octets.device).view(torch.int64).view(-1)  # the eight bytes of a byte's bits as one number
+    found = words.index_select(0, octets.reshape(-1).to(torch.int32))
+    return found.view(torch.uint8).view(-1, 32)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
@@ -74,7 +77,7 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 def _five(octets: Tensor) -> Tensor:
     """(blocks, 4 + 16): the fifth bits, then the nibbles."""
-    return (_nibbles(octets[:, 4:]) | (_bits(octets[:, :4]) << 4)).to(torch.float32)
+    return (_nibbles(octets[:, 4:]) | _fifth_bits(octets[:, :4])).to(torch.float32)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     value = (q - z) * s, with z and s per row and group of columns
 
-GPTQ and AWQ store matrices as (in, out); all are decoded to (out, in). GPTQ packs along ``in``, AWQ along ``out`` in
-an order of its own, compressed-tensors along ``in`` with the sign as an offset of 2^(bits - 1).
+GPTQ and AWQ store matrices as (in, out) and are decoded so, seen as (out, in). GPTQ packs along ``in``, AWQ along
+``out`` in an order of its own, compressed-tensors along ``in`` with the sign as an offset of 2^(bits - 1).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orthofast.scan.decoders.contract import Rows, Weight
 from orthofast.scan.decoders.grouping import dequantize_, group_index
-from orthofast.scan.decoders.words import unpack, unpack_awq
+from orthofast.scan.decoders.words import unpack, unpack_awq, unpack_down
 
 GPTQ, AWQ, PACKED = "gptq", "awq", "packed"
 
@@ -27,32 +27,40 @@ def gptq_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
     """
     bits, plus = weight.number("bits"), weight.number("plus")
     out, inward = weight.shape
-    scales = parts["scale"].T.to(torch.float32)  # (out, groups)
-    zeros = unpack(parts["zero"], bits, out).T  # (out, groups)
-    zeros = ((zeros.to(torch.int32) + plus) & ((1 << bits) - 1)).to(torch.float32)
-    width = weight.number("group")
-    index = group_index(parts.get("index"), scales.shape[1], width)
+    scales = parts["scale"].to(torch.float32)  # (groups, out)
+    zeros = unpack(parts["zero"], bits, out).to(torch.int32)  # (groups, out)
+    zeros = ((zeros + plus) & ((1 << bits) - 1)).to(torch.float32)
+    index = column_groups(weight, parts, scales)
 
     def values(first: int, last: int) -> Tensor:
-        wide = unpack(parts["weight"][:, first:last].T, bits, inward).to(torch.float32)
-        return dequantize_(wide, scales[first:last], zeros[first:last], width, index)
+        wide = unpack_down(parts["weight"][:, first:last], bits, inward)  # (in, rows)
+        wide.sub_(zeros[:, first:last].index_select(0, index)).mul_(scales[:, first:last].index_select(0, index))
+        return wide.T
 
     return values
 
 
 def awq_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
     """Parts: weight (in, out / 8), zero (groups, out / 8), scale (groups, out)."""
-    scales = parts["scale"].T.to(torch.float32)  # (out, groups)
-    zeros = unpack_awq(parts["zero"]).T.to(torch.float32) if "zero" in parts else torch.full_like(scales, 8)
-    width = weight.number("group")
+    scales = parts["scale"].to(torch.float32)  # (groups, out)
+    zeros = unpack_awq(parts["zero"]).to(torch.float32) if "zero" in parts else torch.full_like(scales, 8)
+    index = column_groups(weight, parts, scales)
 
     def values(first: int, last: int) -> Tensor:
         start = first // 8
         words = parts["weight"][:, start : -(-last // 8)]
-        wide = unpack_awq(words).T[first - 8 * start : last - 8 * start].to(torch.float32)
-        return dequantize_(wide.contiguous(), scales[first:last], zeros[first:last], width, None)
+        wide = unpack_awq(words)[:, first - 8 * start : last - 8 * start].to(torch.float32)  # (in, rows)
+        wide.sub_(zeros[:, first:last].index_select(0, index)).mul_(scales[:, first:last].index_select(0, index))
+        return wide.T
 
     return values
+
+
+def column_groups(weight: Weight, parts: Mapping[str, Tensor], scales: Tensor) -> Tensor:
+    """(in,) the group of each column of a matrix with scales (groups, out)."""
+    width, inward = weight.number("group"), weight.shape[1]
+    index = group_index(parts.get("index"), scales.shape[0], width)
+    return torch.arange(inward, device=scales.device) // width if index is None else index
 
 
 def packed_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
