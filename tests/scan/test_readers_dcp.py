@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -15,7 +16,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -101,6 +104,7 @@ CUTS: dict[str, tuple[tuple[int, ...], list[Block]]] = {
     "columns": ((4, 6), [((0, 0), (4, 2)), ((0, 2), (4, 4))]),
     "blocks": ((4, 6), [((0, 0), (2, 3)), ((2, 3), (2, 3)), ((0, 3), (2, 3)), ((2, 0), (2, 3))]),
     "three axes": ((4, 3, 2), [((0, 0, 0), (2, 3, 2)), ((2, 0, 0), (2, 3, 1)), ((2, 0, 1), (2, 3, 1))]),
+    "a chunk listed twice": ((4, 3), [((0, 0), (2, 3)), ((2, 0), (2, 3)), ((2, 0), (2, 3))]),
     "an empty rank": ((3, 4), [((0, 0), (3, 4)), ((3, 0), (0, 4))]),
 }
 
@@ -119,7 +123,6 @@ def test_chunks_of_any_cut_become_one_tensor(shape: tuple[int, ...], blocks: lis
         ([((0, 0), (3, 4))], "12 elements for its 16"),
         ([((0, 0), (3, 4)), ((2, 0), (1, 4))], "overlap"),
         ([((0, 0), (2, 3)), ((1, 2), (2, 2)), ((0, 3), (1, 1)), ((2, 0), (1, 1)), ((3, 0), (1, 4))], "overlap"),
-        ([((0, 0), (4, 4)), ((0, 0), (4, 4))], "32 elements for its 16"),
     ],
 )
 def test_chunks_that_do_not_fill_a_tensor_are_a_fault(blocks: list[Block], word: str, tmp_path: Path) -> None:
@@ -169,6 +172,38 @@ def test_compressed_chunks_are_a_fault(tmp_path: Path) -> None:
     edited(folder, transform_descriptors=["zstd"])
     with pytest.raises(CheckpointError, match="stored through an extension such as compression"):
         open_checkpoint(folder)
+
+
+def safetensors_shards(folder: Path, tensors: dict[str, torch.Tensor], axis: int) -> None:
+    """Files as every rank writes them with HuggingFaceStorageWriter(save_distributed=True)."""
+    folder.mkdir()
+    for k in range(3):
+        parts = {name: tensor.tensor_split(3, axis)[k].contiguous() for name, tensor in tensors.items()}
+        starts = {
+            name: sum(t.shape[axis] for t in tensor.tensor_split(3, axis)[:k]) for name, tensor in tensors.items()
+        }
+        info = {name: {"saved_offsets": [starts[name] if i == axis else 0 for i in range(2)]} for name in tensors}
+        name = f"shard-{k + 1:05d}-model-00001-of-00001.safetensors"
+        save_file(parts, folder / name, {"DCP_SHARDING_INFO": json.dumps(info)})
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_ranks_files_of_safetensors_become_whole_tensors(axis: int, tmp_path: Path) -> None:
+    tensors = {"w": torch.randn(7, 5), "small": torch.randn(2, 2)}
+    safetensors_shards(tmp_path / "hf", tensors, axis)
+    catalog = open_checkpoint(tmp_path / "hf")
+    assert (catalog.format, catalog.faults) == ("dcp", [])
+    found = stored_values(catalog)
+    assert [name for name in tensors if not same_bits(found[name], tensors[name])] == []
+    (tmp_path / "hf" / "shard-00002-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"hf: w has chunks of \d+ elements for its 35"):
+        open_checkpoint(tmp_path / "hf")
+
+
+def test_what_torch_saves_as_safetensors_by_rank_is_read(tmp_path: Path) -> None:
+    tensors = {"w": torch.randn(5, 3), "v": torch.randn(4)}
+    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(tmp_path / "hf"), save_distributed=True))
+    assert same_bits(stored_values(open_checkpoint(tmp_path / "hf"))["w"], tensors["w"])
 
 
 class Bomb:

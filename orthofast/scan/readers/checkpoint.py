@@ -15,6 +15,7 @@ from orthofast.scan.catalog import Catalog, Extent, Fault
 from orthofast.scan.readers import hub, memory, torch_legacy
 from orthofast.scan.readers.consolidated import add_consolidated
 from orthofast.scan.readers.dcp import add_dcp
+from orthofast.scan.readers.dcp_safetensors import add_sharded_safetensors, is_sharded
 from orthofast.scan.readers.files import MAX_NAMED, file_size, first_bytes, inside, is_folder, listed, read_json, shown
 from orthofast.scan.readers.folder import (
     ADAPTER_CONFIG,
@@ -23,6 +24,7 @@ from orthofast.scan.readers.folder import (
     DCP,
     OTHER_FORMATS,
     QUANTIZE_CONFIGS,
+    SAFETENSORS,
     TORCH,
     WEIGHTS,
     choose,
@@ -135,6 +137,9 @@ def _add_path(catalog: Catalog, file: Path) -> None:
 
 
 def _add_files(catalog: Catalog, files: list[Path]) -> None:
+    if len(files) > 1 and files[0].name.endswith(SAFETENSORS) and any(is_sharded(file) for file in files):
+        add_sharded_safetensors(catalog, files)
+        return
     for file in files:
         try:
             _add_file(catalog, file)

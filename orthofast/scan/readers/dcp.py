@@ -6,20 +6,18 @@ itself unpickles without restriction and which is only walked here; ``__R_S.dist
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from orthofast.errors import CheckpointError
-from orthofast.scan.catalog import Catalog, Extent, Fault, Piece
+from orthofast.scan.catalog import Catalog, Extent, Fault
+from orthofast.scan.readers.chunks import add_joined
 from orthofast.scan.readers.files import MAX_AXES, file_size, first_bytes, inside, listed, naturals, shown
 from orthofast.scan.readers.pickle_walk import MAX_PICKLE_BYTES, Global, Made, walk
 from orthofast.scan.readers.state_dicts import model_tensors
 from orthofast.scan.readers.torch_file import PLAIN_OBJECTS, TORCH_NAMES, Stored, place, read_archive
 
 METADATA = ".metadata"
-MAX_COMPARED = 1024  # chunks of one tensor that are compared pair by pair
 OWN = "torch.distributed.checkpoint."
 ALLOWED = frozenset(
     {
@@ -92,11 +90,11 @@ def add_dcp(catalog: Catalog, folder: Path) -> None:
     _refuse_paths(catalog, folder, tensors)
     _place(catalog, folder, tensors)
     for name, tensor in tensors.items():
-        catalog_entry = _joined(name, tensor, folder)
-        if isinstance(catalog_entry, Fault):
-            catalog.faults.append(catalog_entry)
+        where = folder.name or str(folder)
+        if tensor.why is not None:
+            catalog.faults.append(Fault(name, f"{where}: {shown(name)} {tensor.why}", tensor.shape))
         else:
-            catalog.extents.append(catalog_entry)
+            add_joined(catalog, name, where, tensor.dtype, tensor.shape, tensor.placed)
 
 
 def _refusal(path: str) -> str | None:
@@ -150,6 +148,8 @@ def _described(fqn: str, value: Made) -> _Tensor:
     for chunk in chunks if isinstance(chunks, list) else []:
         block = _state(chunk)
         origin, sizes = naturals(block.get("offsets")), naturals(block.get("sizes"))
+        if sizes is not None and 0 in sizes and 0 not in tensor.shape:
+            continue  # a rank that holds nothing
         if origin is None or sizes is None or len(origin) != len(tensor.shape) or len(sizes) != len(origin):
             tensor.why = tensor.why or "has a chunk without usable offsets"
             break
@@ -236,46 +236,3 @@ def _place(catalog: Catalog, folder: Path, tensors: dict[str, _Tensor]) -> None:
         except (CheckpointError, OSError) as error:
             for tensor, _ in wanted:
                 tensor.why = f"cannot be read: {error}"
-
-
-def _joined(name: str, tensor: _Tensor, folder: Path) -> Extent | Fault:
-    """One extent of all chunks of a tensor."""
-    why = tensor.why or _uncovered(tensor)
-    if why is None and len(tensor.placed) == 1:
-        (extent,) = tensor.placed.values()
-        return Extent(name, extent.file, extent.offset, extent.nbytes, extent.dtype, extent.shape, extent.strides)
-    if why is None and any(extent.strides is not None for extent in tensor.placed.values()):
-        why = "is cut into chunks that are not stored row by row, which is not read"
-    if why is not None:
-        return Fault(name, f"{folder.name or folder}: {shown(name)} {why}", tensor.shape)
-    pieces = tuple(
-        Piece(extent.file, extent.offset, extent.nbytes, origin, extent.shape)
-        for origin, extent in sorted(tensor.placed.items())
-    )
-    total = sum(piece.nbytes for piece in pieces)
-    return Extent(name, pieces[0].file, pieces[0].offset, total, tensor.dtype, tensor.shape, None, pieces)
-
-
-def _uncovered(tensor: _Tensor) -> str | None:
-    """Why the chunks do not fill the tensor exactly; None if they do."""
-    blocks = [(chunk.origin, chunk.shape) for chunk in tensor.chunks]
-    if any(o + s > n for origin, shape in blocks for o, s, n in zip(origin, shape, tensor.shape, strict=True)):
-        return "has a chunk that reaches beyond it"
-    filled = [block for block in blocks if math.prod(block[1])]
-    total = sum(math.prod(shape) for _, shape in filled)
-    if not blocks or total != math.prod(tensor.shape) or len(tensor.placed) != len({o for o, _ in blocks}):
-        return f"has chunks of {total} elements for its {math.prod(tensor.shape)}"
-    cut = [axis for axis, n in enumerate(tensor.shape) if any(shape[axis] != n for _, shape in filled)]
-    if len(cut) <= 1:  # rows or columns dealt out: neighbours decide
-        axis = cut[0] if cut else 0
-        spans = sorted((o[axis], o[axis] + s[axis]) for o, s in filled) if tensor.shape else []
-        overlap = any(a[1] > b[0] for a, b in pairwise(spans))
-    elif len(filled) > MAX_COMPARED:
-        return f"is cut into {len(filled)} chunks along several axes, more than {MAX_COMPARED}"
-    else:
-        overlap = any(_overlap(filled[i], filled[j]) for i in range(len(filled)) for j in range(i))
-    return "has chunks that overlap" if overlap else None
-
-
-def _overlap(a: tuple[tuple[int, ...], tuple[int, ...]], b: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
-    return all(p < q + m and q < p + n for p, n, q, m in zip(a[0], a[1], b[0], b[1], strict=True))

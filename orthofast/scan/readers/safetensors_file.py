@@ -62,6 +62,16 @@ def read_index(file: Path) -> tuple[list[Extent], list[Fault]]:
     return [extent for extent in entries if extent.name not in shared], faults
 
 
+def read_metadata(file: Path) -> dict[str, object]:
+    """The free entries of a header, under "__metadata__"; empty without any.
+
+    Raises:
+        CheckpointError: as in :func:`read_index`.
+    """
+    found = _header(file, file_size(file))[0].get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
 def _header(file: Path, size: int) -> tuple[dict[str, object], int]:
     try:
         with file.open("rb", buffering=0) as handle:
