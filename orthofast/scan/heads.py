@@ -66,10 +66,14 @@ def tower_of(config: Mapping[str, object], segments: Sequence[str]) -> Mapping[s
     found = config
     for segment in segments:
         for word, keys in TOWERS:
+            if not word.search(segment):
+                continue
             inner = next((found[key] for key in keys if isinstance(found.get(key), Mapping)), None)
-            if isinstance(inner, Mapping) and word.search(segment):
+            if isinstance(inner, Mapping):
                 found = inner
                 break
+            if "vision_config" in keys and "vocab_size" in found:
+                return {}  # sizes of the text say nothing of the images
     for _ in range(2):  # thinker_config.text_config
         if natural(found, QUERY):
             break

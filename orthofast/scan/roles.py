@@ -194,9 +194,11 @@ class Roles:
         layer = int(segments[place.number]) if place.number > 0 else None
         heads = Heads() if stack else heads_of(tower, segments, layer)
         parts = parts_of(rule.split, Fused(rows, inward, heads, tower)) if rule.split else ()
-        if role == "Atten_Output":
-            return Reading(role, cross, transposed, parts, None, None, stack, axes, heads.columns(inward), "cols")
-        return Reading(role, cross, transposed, parts, None, None, stack, axes, heads.rows(role, rows))
+        axis = "cols" if role == "Atten_Output" else "rows"
+        count = heads.columns(inward) if axis == "cols" else heads.rows(role, rows)
+        if axes and role != "Other":
+            count = shape[axes.index("i" if axis == "cols" else "o")]
+        return Reading(role, cross, transposed, parts, None, None, stack, axes, count, axis)
 
     def _stack(
         self, rule: Rule, shape: tuple[int, ...], place: _Place, context: str, tower: Mapping[str, object]
@@ -254,7 +256,7 @@ class Roles:
             context = context_of(segment, self._rules)
             if context and not (found == "cross" and context == "attention"):
                 found = context
-        return found
+        return "cross" if segments[-1].startswith("cross_attn") else found
 
     def _rule(self, place: _Place, context: str, types: set[str], name: str) -> Rule | None:
         segments, inside = place.segments, place.number > 0

@@ -11,6 +11,7 @@ import torch
 from orthofast.scan.matrices import Matrix, holds_matrices, matrices_of
 from orthofast.scan.roles import Reading, Roles
 from tests.scan.checkpoints import FAMILIES, Family, make_tensors
+from tests.scan.families import MORE
 
 
 def is_skipped(shape: tuple[int, ...], reading: Reading) -> bool:
@@ -27,7 +28,7 @@ def read(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]) ->
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("family", (FAMILIES | MORE).values(), ids=(FAMILIES | MORE).keys())
 def test_names_get_their_role_layer_and_rows(family: Family) -> None:
     tensors = make_tensors(family)
     found = read({name: shape for name, (shape, _) in family.tensors.items()}, family.config)
@@ -41,7 +42,7 @@ def test_names_get_their_role_layer_and_rows(family: Family) -> None:
                 weight = weight.reshape(family.experts, -1, shape[-1])[wanted.expert]
             if weight.dim() == 3 and weight.shape[0] == 1:
                 weight = weight[0]
-            weight = weight.T if wanted.in_out else weight.flatten(1)
+            weight = weight.flatten(1).T if wanted.in_out else weight.flatten(1)
             weight = weight if wanted.rows is None else weight[list(wanted.rows)]
             assert torch.equal(matrix.view(tensors[name]), weight), name
             assert matrix.sizes("rows") == tuple(weight.shape)
