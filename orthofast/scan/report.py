@@ -62,9 +62,7 @@ def render(result: ScanResult, comparison: Comparison | None = None) -> str:
         specs, datasets = specs | moved_specs, datasets | moved_data
         moved |= _comparison_tables(comparison)
     lines, left_out = page_data.lines(result.rows)
-    tables = {side: table for side in sides if (table := result.table5(side)).layers}
-    if result.provenance.get("preset") == "paper":
-        tables = {"paper": result.table5("paper")} if tables else {}
+    tables = {side: table for side in result.views() if (table := result.table5(side)).layers}
     return _page(
         "report.html.j2",
         specs,

@@ -130,6 +130,14 @@ class ScanResult:
         """Which of "rows" and "cols" were measured."""
         return tuple(side for side in ("rows", "cols") if any(row.vectors == side for row in self.rows))
 
+    def views(self) -> tuple[str, ...]:
+        """The sides to show a table of: "paper" alone where a preset chose one side for each role."""
+        known: dict[str | None, set[str]] = {}
+        for row in self.rows:
+            known.setdefault(row.role, set()).add(row.vectors)
+        chosen = self.provenance.get("preset") == "paper" and all(len(sides) == 1 for sides in known.values())
+        return ("paper",) if chosen else self.sides()
+
     def summary(self, version: str = "base") -> dict[tuple[str, str], Spread]:
         """(side, role) -> spread of PII over all whole matrices of that role, in the order of ``roles.ROLES``.
 
@@ -241,10 +249,11 @@ class ScanResult:
     def to_markdown(self) -> str:
         """Table 5 of each side, the matrices outside it, and what was skipped."""
         lines: list[str] = []
-        for side in self.sides():
+        for side in self.views():
             table = self.table5(side)
             if table.layers:
-                lines += ["", f"PII of the {side}, mean absolute cosine over all pairs", ""]
+                taken = f"{side}" if side != "paper" else "columns of queries, keys and values, else of the rows"
+                lines += ["", f"PII of the {taken}, mean absolute cosine over all pairs", ""]
                 lines += markdown_table(("layer", *table.columns), body_lines(table) + footer_lines(table))
         others = self.outside_table()
         if others:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from orthofast import cli
+from orthofast.commands import scan as commands_scan
 from orthofast.kernels import dispatch
 from tests.scan.attacks import LFS
 from tests.scan.checkpoints import FAMILIES, make_tensors, numpy_pii, write
@@ -133,7 +134,7 @@ def test_an_interrupt_gives_code_130(model: Path, runner: CliRunner, monkeypatch
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "measure", interrupted)
+    monkeypatch.setattr(commands_scan, "measure", interrupted)
     done = runner.invoke(cli.app, ["scan", str(model)])
     assert (done.exit_code, done.stdout) == (130, "")
     assert "interrupted" in done.stderr

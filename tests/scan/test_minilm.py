@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from orthofast import cli
+from orthofast.commands import demo
 from orthofast.scan import ScanResult, scan_checkpoint
 from tests.scan.checkpoints import numpy_pii
 
@@ -28,11 +29,11 @@ LEAVES = {
 @pytest.fixture(scope="module")
 def folder() -> Path:
     try:
-        files = importlib.metadata.distribution(cli.DEMO_PACKAGE).files or []
+        files = importlib.metadata.distribution(demo.PACKAGE).files or []
     except importlib.metadata.PackageNotFoundError:
         if os.environ.get("CI") == "true":
-            pytest.fail(f"CI owes the package {cli.DEMO_PACKAGE}: pip install '.[demo]'")
-        pytest.skip(f"the package {cli.DEMO_PACKAGE} is not installed")
+            pytest.fail(f"CI owes the package {demo.PACKAGE}: pip install '.[demo]'")
+        pytest.skip(f"the package {demo.PACKAGE} is not installed")
     return next(Path(str(file.locate())).parent for file in files if file.name == "model.safetensors")
 
 
@@ -72,8 +73,8 @@ def test_the_demo_prints_a_table_and_writes_a_report(folder: Path, tmp_path: Pat
 
 
 def test_without_the_package_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "DEMO_PACKAGE", "no-such-package-of-orthofast")
+    monkeypatch.setattr(demo, "PACKAGE", "no-such-package-of-orthofast")
     done = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "out")])
-    assert (done.exit_code, done.stdout) == (2, "")
+    assert (done.exit_code, done.stdout) == (4, "")
     assert done.stderr == "orthofast: the demo needs the package with its checkpoint: pip install 'orthofast[demo]'\n"
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,1 @@
+"""The commands of ``orthofast``, one file each; only results go to stdout."""

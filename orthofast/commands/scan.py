@@ -1,0 +1,202 @@
+"""``orthofast scan``: measure every matrix of a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orthofast.commands.amounts import memory_bytes, role_names
+from orthofast.commands.exits import INTERRUPTED, exit_codes, say
+from orthofast.commands.outputs import check_folder, check_targets, finish, write
+from orthofast.commands.terminal import print_result, progress_bar
+from orthofast.errors import InputError
+from orthofast.kernels import Sample
+from orthofast.scan.options import ScanOptions
+from orthofast.scan.plan import Plan, layer_numbers, make_plan
+from orthofast.scan.presets import preset as choices
+from orthofast.scan.provenance import Interrupted, measure
+from orthofast.scan.readers.checkpoint import open_checkpoint
+from orthofast.scan.result import ScanResult
+from orthofast.scan.selection import keep_roles, keep_sides
+
+JOURNAL_SUFFIX = ".journal"
+DRAWN = (".html", ".png", ".svg")  # forms with histograms in them
+CHECKPOINT_HELP = "A file, an index, a folder, or ORG/NAME on the Hugging Face hub."
+
+Checkpoint = Annotated[str, typer.Argument(help=CHECKPOINT_HELP)]
+Include = Annotated[list[str] | None, typer.Option(help="Measure only names matching GLOB. Repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Leave out names matching GLOB. Repeatable.")]
+Roles = Annotated[list[str] | None, typer.Option(help="Measure only these roles, such as query,keys. Repeatable.")]
+Layers = Annotated[str | None, typer.Option(help="Measure only these layers, such as 0-3,7 or decoder.0.")]
+Vectors = Annotated[str, typer.Option("--vectors", "--axis", help="rows, cols or both.")]
+Precision = Annotated[str, typer.Option(help="auto, highest, high or float64.")]
+Backend = Annotated[str | None, typer.Option(help="Use this backend or refuse; see 'orthofast doctor'.")]
+Device = Annotated[str | None, typer.Option(help="Where the folds run, such as cuda or cuda:1; the processor if left.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print no tables, only errors.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")]
+
+
+def scan(
+    checkpoint: Checkpoint,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")] = False,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "-o", "--output", help="Also write FILE (.json, .csv, .parquet, .md, .html, .png, .svg). Repeatable."
+        ),
+    ] = None,
+    vectors: Vectors = "both",
+    heads: Annotated[bool, typer.Option("--heads", help="Also measure each attention head by itself.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    roles: Roles = None,
+    layers: Layers = None,
+    preset: Annotated[
+        str | None, typer.Option(help="'paper': the layers and sides of Lu et al. 2024, Table 5.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(help="Estimate each PII from about N random pairs, with its standard error.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which pairs --sample draws.")] = 0,
+    detail: Annotated[
+        bool | None,
+        typer.Option(
+            "--detail/--no-detail",
+            help="Also the largest cosine with its pair, and a histogram.",
+            show_default="for .html",
+        ),
+    ] = None,
+    device: Device = None,
+    host_mem: Annotated[str, typer.Option(help="Memory for weights that are read, such as 4GiB.")] = "1GiB",
+    gpu_mem: Annotated[str | None, typer.Option(help="Memory of the GPU to use, such as 20GiB.")] = None,
+    engine: Annotated[str, typer.Option(help="How files are read: positional or fastsafetensors.")] = "positional",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier scan ended.")] = False,
+    journal: Annotated[
+        Path | None, typer.Option(help="Keep finished weights in FILE.", show_default="beside the first -o FILE")
+    ] = None,
+    precision: Precision = "auto",
+    backend: Backend = None,
+    quiet: Quiet = False,
+    no_progress: NoProgress = False,
+    long: Annotated[bool, typer.Option("--long", help="One line per matrix and side.")] = False,
+) -> None:
+    """Measure every matrix of a checkpoint, rows and columns, beside the isotropic baseline.
+
+    Ctrl-C writes what is known and exits with 130; --resume goes on from there.
+
+    Exit codes: 0 all measured, 2 unreadable input or wrong usage, 3 finished but some tensors failed, 4 an optional
+    package is missing, 130 interrupted.
+    """
+    with exit_codes():
+        targets = [] if _follows() else output or []
+        check_targets(targets)
+        wanted = role_names(roles)
+        selected = layer_numbers(layers) if layers else None
+        kept = _journal(journal, output or [], resume)
+        drawn = any(target.suffix.lower() in DRAWN for target in output or [])
+        options = ScanOptions(
+            detail=drawn if detail is None else detail,
+            host_mem=memory_bytes(host_mem, "--host-mem"),
+            gpu_mem=None if gpu_mem is None else memory_bytes(gpu_mem, "--gpu-mem"),
+            engine=engine,
+            journal=kept,
+            resume=resume,
+        )
+        catalog = open_checkpoint(checkpoint)
+        chosen = None if preset is None else choices(preset, catalog.config)
+        if chosen is not None and selected is None:
+            selected = chosen.layers
+        plan = make_plan(catalog, include=include, exclude=exclude, vectors=vectors, layers=selected)
+        if chosen is not None:
+            plan = keep_roles(plan, chosen.sides)
+        if wanted is not None:
+            plan = keep_roles(plan, wanted)
+        try:
+            result = run(
+                plan,
+                show=not (quiet or no_progress or _follows()),
+                heads=heads,
+                sample=None if sample is None else Sample(sample, seed),
+                device=device,
+                precision=precision,
+                backend=backend,
+                options=options,
+            )
+            if chosen is not None:
+                result.rows = keep_sides(result.rows, chosen.sides)
+                result.provenance["preset"] = preset
+        except Interrupted as stopped:
+            _keep_partial(stopped.result, targets, kept, quiet, json_)
+            raise typer.Exit(INTERRUPTED) from None
+        try:
+            finish(result, targets, json_ and not _follows(), quiet or _follows(), long)
+        finally:
+            if kept is not None and journal is None and not _follows():
+                kept.unlink(missing_ok=True)  # the result holds all of it
+
+
+def run(
+    plan: Plan,
+    *,
+    show: bool,
+    heads: bool = False,
+    sample: Sample | None = None,
+    device: str | None = None,
+    precision: str = "auto",
+    backend: str | None = None,
+    options: ScanOptions | None = None,
+) -> ScanResult:
+    """Measure a plan with a progress bar; what is known to be wrong is said before the first read."""
+    for note in plan.catalog.notes:
+        say(f"orthofast: note: {note}")
+    for error in dict.fromkeys(fault.error for fault, _ in plan.faults):
+        say(f"orthofast: {error}")
+    with progress_bar(plan.nbytes, show) as progress:
+        return measure(
+            plan,
+            precision=precision,
+            backend=backend,
+            heads=heads,
+            sample=sample,
+            device=device,
+            options=options,
+            progress=progress,
+        )
+
+
+def _follows() -> bool:
+    """Whether another process of the same launch prints and writes."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _journal(given: Path | None, outputs: Sequence[Path], resume: bool) -> Path | None:
+    """Where finished weights are taken down: the file named, or one beside the first output."""
+    if given is None and not outputs:
+        if resume:
+            raise InputError("--resume needs the -o FILE or the --journal FILE of the scan that ended early")
+        return None
+    kept = given or outputs[0].with_name(outputs[0].name + JOURNAL_SUFFIX)
+    check_folder(kept)
+    if kept.exists() and not resume:
+        raise InputError(
+            f"{kept} is there: an earlier scan did not finish; go on with it by --resume, or remove the file"
+        )
+    return kept
+
+
+def _keep_partial(
+    result: ScanResult, targets: Sequence[Path], journal: Path | None, quiet: bool, as_json: bool
+) -> None:
+    """What is known when the user stops a scan: to the files and, where there are none, to the terminal."""
+    result.provenance["interrupted"] = True
+    write(result, targets, quiet)
+    if not targets and not quiet and not as_json:
+        print_result(result, False)
+    weights = result.provenance.get("weights")
+    missing = weights["missing"] if isinstance(weights, dict) else "some"
+    go_on = f"; go on with --resume, which uses {journal}" if journal is not None else ""
+    say(f"orthofast: interrupted, {missing} weights were not reached{go_on}")
