@@ -29,7 +29,7 @@ def products(a: Tensor, b: Tensor) -> np.ndarray:
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """No array of products is made, however small."""
-    monkeypatch.setattr(kronecker, "MATERIALISE", 0)
+    monkeypatch.setattr(kronecker, "CANDIDATES", 0)
 
 
 @pytest.mark.parametrize("path", ["sorted", "counted"])
@@ -37,7 +37,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_quantile_is_the_product_that_sorting_gives(
     shape: tuple[int, int], path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kronecker, "MATERIALISE", 0 if path == "counted" else 1 << 62)
+    monkeypatch.setattr(kronecker, "CANDIDATES", 0 if path == "counted" else 1 << 62)
     a, b = eigenvalues(shape[0], 8, 1), eigenvalues(shape[1], 6, 2)
     whole = products(a, b)
     for p in SHARES:
@@ -62,12 +62,12 @@ def test_counting_is_exact_with_ties_zeros_and_any_scale(left: list, right: list
     whole = products(a, b)
     whole = np.where(whole < whole[0] * 2.0**-950, 0, whole)  # what counts as 0 lies a little lower
     expected = whole[metrics.spectra.rank_of(p, len(whole))]
-    before, kronecker.MATERIALISE = kronecker.MATERIALISE, 0
+    before, kronecker.CANDIDATES = kronecker.CANDIDATES, 0
     try:
         found = metrics.kronecker_quantile(a, b, p).item()
         top = metrics.kronecker_spectrum(a, b).numpy()
     finally:
-        kronecker.MATERIALISE = before
+        kronecker.CANDIDATES = before
     assert found == expected
     np.testing.assert_array_equal(top, whole)
 
