@@ -98,9 +98,10 @@ def _print_human(verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         text = verdict.condition.text
         if verdict.passed:
-            line(f"passed  {text} ({verdict.rows} values)", style="green")
+            line(f"passed  none of {verdict.rows} values: {text}", style="green")
             continue
-        line(f"FAILED  {text} ({len(verdict.violations)} of {verdict.rows} values)", style="bold red")
+        count = f"{len(verdict.violations)} of {verdict.rows} values"
+        line(f"FAILED  {verdict.condition.summary or count}: {text}", style="bold red")
         for violation in verdict.violations[:SHOWN]:
             line(f"        {_described(violation, verdict)}")
         if len(verdict.violations) > SHOWN:

@@ -149,16 +149,18 @@ class Comparison:
 
     def to_dict(self) -> dict[str, object]:
         """The JSON document as Python objects; no NaN, None instead."""
-        return {
+        document = {
             "schema_version": SCHEMA_VERSION,
             "kind": "diff",
             "counts": self.counts(),
-            "changes": [finite(asdict(change)) for change in self.changes],
-            "by_role": [{"vectors": k[0], "role": k[1], **asdict(shift)} for k, shift in self.by_role().items()],
-            "by_layer": [{"vectors": k[0], "layer": k[1], **asdict(shift)} for k, shift in self.by_layer().items()],
-            "before": finite(self.before),
-            "after": finite(self.after),
+            "changes": [asdict(change) for change in self.changes],
+            "by_role": [{"vectors": k[0], "role": k[1], **asdict(s)} for k, s in self.by_role().items()],
+            "by_layer": [{"vectors": k[0], "layer": k[1], **asdict(s)} for k, s in self.by_layer().items()],
+            "before": self.before,
+            "after": self.after,
         }
+        found: dict[str, object] = finite(document)
+        return found
 
     def to_json(self) -> str:
         """The comparison as one JSON document."""

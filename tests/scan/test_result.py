@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from orthofast.errors import InputError, MissingPackageError
 from orthofast.scan import ScanResult, report, scan_checkpoint
+from orthofast.scan.result import FIELDS, form_of
 from tests.scan.checkpoints import FAMILIES, make_tensors, write
 
 ROW = {"name", "layer", "role", "vectors", "n", "d", "pii", "baseline", "ratio", "zero", "nonfinite", "error"}
@@ -142,3 +144,96 @@ def test_a_page_without_layers_or_rows_is_still_a_page(tmp_path: Path) -> None:
     save_file({"wte.weight": torch.randn(4, 4)}, tmp_path / "model.safetensors")
     assert "wte.weight" in scan_checkpoint(tmp_path).to_html()
     assert "Nothing was skipped" in ScanResult([], [], {}).to_html()
+
+
+FIRST = """{"schema_version": 1, "rows": [
+ {"name": "w", "layer": "0", "role": "Query", "vectors": "rows", "n": 4, "d": 3, "pii": 0.25, "baseline": 0.5, "ratio": 0.5, "zero": 0, "nonfinite": 0, "error": null}],
+ "skipped": [{"name": "b", "reason": "bias"}], "provenance": {"checkpoint": "old"}}"""
+
+
+def test_a_document_reads_back_as_it_was_written(result: ScanResult, tmp_path: Path) -> None:
+    result.rows[0].head, result.rows[0].tied = 3, ("twin",)
+    result.rows[0].max_abs, result.rows[0].max_pair, result.rows[0].histogram = 0.5, (1, 2), (0, 3, 1)
+    result.write(tmp_path / "result.json")
+    found = ScanResult.load(tmp_path / "result.json")
+    assert found.rows == result.rows
+    assert found.skipped == result.skipped
+    assert found.to_json() == result.to_json()
+    lines = result.to_json().splitlines()
+    assert sum(line.startswith('  {"name"') for line in lines) == len(result.rows) + len(result.skipped)
+
+
+def test_a_document_of_the_first_scan_is_still_valid() -> None:
+    found = ScanResult.from_json(FIRST)
+    (row,) = found.rows
+    assert (row.name, row.pii, row.head, row.tied, row.histogram) == ("w", 0.25, None, (), None)
+    assert found.table5("rows").cells == {("0", "Query"): 0.25}
+    assert "old" in found.to_html()
+    later = FIRST.replace('"error": null', '"error": null, "colour": "red"')
+    assert ScanResult.from_json(later).rows == found.rows
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [
+        ("{", "", "is no JSON"),
+        ('"schema_version": 1', '"schema_version": 2', "has schema_version 2, this orthofast reads 1"),
+        ('"schema_version": 1,', "", "is no result of a scan"),
+        ('"rows": [', '"lines": [', "is no result of a scan"),
+        ('"vectors": "rows"', '"vectors": "heads"', "vectors in row 0 of the text needs 'rows' or 'cols'"),
+        ('"pii": 0.25', '"pii": "0.25"', "pii in row 0 of the text needs a number or null, got '0.25'"),
+        ('"n": 4', '"n": 4.5', "n in row 0 of the text needs an integer"),
+        ('"n": 4', '"n": true', "n in row 0 of the text needs an integer"),
+        ('"d": 3,', "", "row 0 of the text has no d"),
+        ('"error": null', '"error": null, "max_pair": [1]', "max_pair in row 0 of the text needs two integers"),
+        ('"error": null', '"error": null, "histogram": ["a"]', "histogram in row 0 of the text needs a list"),
+        ('"error": null', '"error": null, "tied": null', "tied in row 0 of the text needs a list of strings"),
+        ('{"name": "b", "reason": "bias"}', '{"name": "b"}', "skipped tensor 0 of the text needs a name"),
+        ('{"name": "b", "reason": "bias"}', "7", "skipped tensor 0 of the text needs a name"),
+        ('{"checkpoint": "old"}', "[]", "provenance an object"),
+    ],
+)
+def test_a_document_with_a_wrong_field_is_refused_by_name(old: str, new: str, word: str) -> None:
+    text = FIRST.replace(old, new, 1)
+    assert text != FIRST
+    with pytest.raises(InputError, match=re.escape(word)):
+        ScanResult.from_json(text)
+
+
+def test_a_file_that_is_no_document_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "raw.json").write_bytes(b"\xff\xfe\x00")
+    for name, word in (
+        ("absent.json", "cannot be read"),
+        ("deep.json", "is no JSON"),
+        ("raw.json", "no text in UTF-8"),
+    ):
+        with pytest.raises(InputError, match=word):
+            ScanResult.load(tmp_path / name)
+
+
+def test_a_data_frame_and_a_parquet_file_hold_every_field(result: ScanResult, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    result.rows[0].histogram, result.rows[0].max_pair, result.rows[1].tied = (1, 0, 2), (0, 1), ("a", "b")
+    frame = result.to_pandas()
+    assert list(frame.columns) == list(FIELDS)
+    assert (len(frame), str(frame["n"].dtype), str(frame["pii"].dtype)) == (len(result.rows), "Int64", "float64")
+    assert frame["head"].isna().all()
+    assert frame["pii"].dropna().tolist() == [row.pii for row in result.rows if row.pii is not None]
+    result.write(tmp_path / "result.parquet")
+    stored = parquet.read_table(tmp_path / "result.parquet")
+    assert stored.column_names == list(FIELDS)
+    for line, row in zip(stored.to_pylist(), result.rows, strict=True):
+        for field in FIELDS:
+            value = getattr(row, field)
+            assert line[field] == (list(value) if isinstance(value, tuple) else value)
+    assert pandas.read_parquet(tmp_path / "result.parquet").shape == frame.shape
+    assert parquet.read_table(io.BytesIO(ScanResult([], [], {}).to_parquet())).column_names == list(FIELDS)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".png", ".html"])
+def test_a_form_without_its_package_is_refused_before_the_work(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install"):
+        form_of(Path(f"x{suffix}"))
