@@ -228,15 +228,13 @@ def _result(
 def _identity(settings: Settings, device: Device | None) -> dict[str, object]:
     """All that decides a number beside the stored bytes: options, versions, and the code that folds."""
     place = "cpu" if device is None else device.device
-    folds = [
-        [line.backend, line.serves, line.reason]
-        for dtype in (torch.float32, torch.bfloat16)
-        for line in dispatch.explain(make_request(torch.ones(2, 2, dtype=dtype, device=place)))
-    ]
+    folds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        chosen = dispatch.choose(make_request(torch.ones(2, 2, dtype=dtype, device=place)), settings.backend)
+        folds.append([chosen.NAME, getattr(chosen, "DETAIL", None)])  # with the instruction set
     return {
         "settings": asdict(settings),
         "bins": BINS,
-        "backend": dispatch.forced(settings.backend),
         "device": device_name(device),
         "folds": folds,
         "versions": versions(),
