@@ -164,7 +164,8 @@ def singular_shares(x: Tensor) -> Tensor:
 
     NaN for a matrix of zeros or with NaN or Inf in it.
     """
-    x = x.to(torch.float64)
+    whole = getattr(x, "full_tensor", None)  # the decomposition of a DTensor needs it on every rank
+    x = (x if whole is None else whole()).to(torch.float64)
     finite = x.isfinite().flatten(1).all(1)[:, None, None]
     values = torch.linalg.svdvals(torch.where(finite, x, 0.0))
     scaled = values / values.amax(1, keepdim=True)  # squares stay in range

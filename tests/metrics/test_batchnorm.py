@@ -30,6 +30,12 @@ PAIRS: dict[str, Callable[[], tuple[nn.Module, nn.Module, Tensor]]] = {
 all_pairs = pytest.mark.parametrize("kind", PAIRS)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Many small operations: threads would wait for each other more than they work."""
+    torch.set_num_threads(1)
+
+
 def trained_pair(kind: str, momentum: float = 1.0) -> tuple[nn.Module, nn.Module, Tensor]:
     """The pair in eval mode in float64, its buffers those of one batch of shifted data, its gamma and beta random."""
     layer, bn, x = (part.double() for part in PAIRS[kind]())

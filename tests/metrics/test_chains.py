@@ -28,6 +28,12 @@ from orthofast.metrics.chains import batch_normalized
 DOUBLE = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Many small decompositions: threads would wait for each other more than they work."""
+    torch.set_num_threads(1)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

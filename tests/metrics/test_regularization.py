@@ -23,6 +23,12 @@ from orthofast.metrics import (
 DOUBLE = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Many small operations: threads would wait for each other more than they work."""
+    torch.set_num_threads(1)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

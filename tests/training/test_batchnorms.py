@@ -17,6 +17,12 @@ from orthofast.training import bn_regularization
 from orthofast.training.batchnorms import Pair, bn_pairs
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Many small operations: threads would wait for each other more than they work."""
+    torch.set_num_threads(1)
+
+
 class Block(nn.Module):
     """Names in another order than the calls, and an activation between one layer and its norm."""
 

@@ -21,6 +21,12 @@ from orthofast.training.init import orthogonal_for_
 DOUBLE = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Many small decompositions: threads would wait for each other more than they work."""
+    torch.set_num_threads(1)
+
+
 def batches_of(count: int, *shape: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) for _ in range(count)]
