@@ -115,6 +115,11 @@ def prepare_block(kind: str, columns: bool) -> tuple[int, int]:
     return (64, 64) if columns else (16, 256)
 
 
+def lengths_block(kind: str) -> tuple[int, int, int]:
+    """Rows, entries of one step and entries of one unit where lengths of rows and columns come from one read."""
+    return (16, 32, 64) if kind == "interpreter" else (128, 64, 512)
+
+
 def programs(tile: Tile, entries: int, processors: int) -> int:
     """Programs of a persistent launch."""
     return max(1, min(entries, processors * tile.per_processor))

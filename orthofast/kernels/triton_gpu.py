@@ -39,6 +39,7 @@ try:
 
     from orthofast.kernels import triton_block_scaled, triton_gradient, triton_launch
     from orthofast.kernels.triton_records import GroupRecord
+    from orthofast.kernels.triton_twins import Twins, measure, same_places, twins_of
 except ImportError as error:  # a CPU build of torch brings none
     _why_not = f"triton cannot be imported ({error}); a CUDA build of torch brings it"
 
@@ -152,26 +153,33 @@ def _on(device: torch.device) -> Iterator[None]:
 
 
 def _fold(requests: Sequence[Request], device: torch.device) -> list[GramStats]:
-    groups = plan(tuple(map(shape_of, requests)), device, _device(device)[0])
-    records = _launched(groups, [request.x for request in requests], [request.y for request in requests], device)
+    shapes, kind = tuple(map(shape_of, requests)), _device(device)[0]
+    xs, ys = [request.x for request in requests], [request.y for request in requests]
+    twins = twins_of(shapes, same_places(xs), device, kind)
+    records = _launched(plan(shapes, device, kind), twins, xs, ys, device)
     # no group folds a request of no items
     return [reference.gram_stats(requests[i]) if record is None else record for i, record in enumerate(records)]
 
 
 def _launched(
-    groups: Sequence[Group], xs: Sequence[Tensor], ys: Sequence[Tensor | None] | None, device: torch.device
+    groups: Sequence[Group],
+    twins: Sequence[Twins],
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor | None] | None,
+    device: torch.device,
 ) -> list[GramStats | None]:
     """One launch sequence a group; each request's record is cut out of its group's results when it is read."""
     records: list[GramStats | None] = [None] * len(xs)
     processors = _device(device)[1]
-    for group in groups:
+    measured = measure(twins, groups, xs, device)
+    for at, group in enumerate(groups):
         tensors: list[Tensor] = []
         for index in group.requests:
             tensors.append(xs[index])
             other = None if ys is None else ys[index]
             if other is not None:
                 tensors.append(other)
-        made = triton_launch.launch(group, tensors, device, processors)
+        made = triton_launch.launch(group, tensors, device, processors, measured.get(at))
         for place, index in enumerate(group.requests):
             records[index] = GroupRecord.cut(group, made, place)
     return records
@@ -182,13 +190,19 @@ def again(requests: Sequence[Request]) -> calls.Again | None:
     device = requests[0].x.device
     if any(r.precision == "float64" or r.x.device != device or r.x.shape[0] == 0 for r in requests):
         return None
-    groups = plan(tuple(map(shape_of, requests)), device, _device(device)[0])
+    shapes, kind = tuple(map(shape_of, requests)), _device(device)[0]
+    groups = plan(shapes, device, kind)
+    known: dict[tuple[int, ...], Sequence[Twins]] = {}
     alone = frozenset(group.method.alone for group in groups)
 
     def fold(xs: Sequence[Tensor]) -> list[GramStats]:
         if alone != {-1}:  # tensor maps are made of (b, n, d)
             xs = [x.detach()[None] if i in alone and x.dim() == 2 else x for i, x in enumerate(xs)]
+        places = same_places(xs)
+        twins = known.get(places)
+        if twins is None:
+            twins = known[places] = twins_of(shapes, places, device, kind)
         with _on(device):
-            return cast(list[GramStats], _launched(groups, xs, None, device))
+            return cast(list[GramStats], _launched(groups, twins, xs, None, device))
 
     return fold

@@ -54,6 +54,15 @@ class Results:
 
 
 @dataclass(slots=True, eq=False)
+class Measured:
+    """What is known of a group before its launches: lengths, factors, marks; as ``prepare`` would leave them."""
+
+    norm_sq: Tensor
+    factors: Tensor
+    todo: Tensor | None
+
+
+@dataclass(slots=True, eq=False)
 class _Memory:
     """Device memory of one call."""
 
@@ -69,15 +78,17 @@ class _Memory:
     high: Tensor | None
     low: Tensor | None
     todo: Tensor | None
-    held: list[Any]
 
 
-def launch(group: Group, tensors: Sequence[Tensor], device: torch.device, processors: int) -> Results:
+def launch(
+    group: Group, tensors: Sequence[Tensor], device: torch.device, processors: int, measured: Measured | None = None
+) -> Results:
     """Fold the requests of one group on the current stream; ``tensors`` are their x, each followed by its y."""
     method = group.method
-    memory, results = _allocate(group, tensors, device)
+    memory, results = _allocate(group, tensors, device, measured)
     run = _Run(group, tensors, memory, results, device, processors)
-    run.prepare()
+    if measured is None:
+        run.prepare()
     if method.sums:
         run.fold(rescue=False)
         if method.watched:
@@ -95,7 +106,9 @@ def launch(group: Group, tensors: Sequence[Tensor], device: torch.device, proces
     return results
 
 
-def _allocate(group: Group, tensors: Sequence[Tensor], device: torch.device) -> tuple[_Memory, Results]:
+def _allocate(
+    group: Group, tensors: Sequence[Tensor], device: torch.device, measured: Measured | None
+) -> tuple[_Memory, Results]:
     method, count = group.method, group.problem_count
     static, table = _on_device(group, tensors, device)
     cut = 2 * len(group.work)
@@ -111,20 +124,21 @@ def _allocate(group: Group, tensors: Sequence[Tensor], device: torch.device) -> 
         units=static[cut:],
         sides=table[:side_cells],
         problems=table[side_cells:],
-        factors=fresh(3 * group.vectors, dtype=torch.float32),
+        factors=fresh(3 * group.vectors, dtype=torch.float32) if measured is None else measured.factors,
         partials=fresh(4 * entries, dtype=torch.float32),
         arguments=fresh(entries, dtype=torch.int64) if method.want & ABS_MAX else None,
         row_slots=fresh(group.slots[0], dtype=torch.float32) if rows else None,
         column_slots=fresh(group.slots[1], dtype=torch.float32) if rows else None,
         high=fresh(group.elements, dtype=torch.float16) if method.own else None,
         low=fresh(group.elements, dtype=torch.float16) if method.parts == 3 or method.decides else None,
-        todo=torch.zeros(1 + count, dtype=torch.int32, device=device) if method.watched or method.decides else None,
-        held=[],
+        todo=None if measured is None else measured.todo,
     )
+    if measured is None and (method.watched or method.decides):
+        memory.todo = torch.zeros(1 + count, dtype=torch.int32, device=device)
     results = Results(
         sums=fresh(5, count, dtype=torch.float64),
         counts=fresh(5, count, dtype=torch.int64),
-        norm_sq=fresh(group.vectors, dtype=torch.float64),
+        norm_sq=fresh(group.vectors, dtype=torch.float64) if measured is None else measured.norm_sq,
         row_abs=fresh(group.vectors, dtype=torch.float64) if rows else None,
         hist=torch.zeros((count, method.bins), dtype=torch.int64, device=device) if method.want & HIST else None,
     )

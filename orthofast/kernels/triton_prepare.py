@@ -136,7 +136,7 @@ def prepare(
 
     scale = power_of_two(power)
     if NORMALIZE:
-        exact = _inverse_root(square)
+        exact = inverse_root(square)
     else:
         exact = power_of_two(-power)
     factor = exact
@@ -188,14 +188,14 @@ def prepare(
                 seen = part.to(tl.float32)
                 rounded += tl.sum(seen * seen, 1).to(tl.float64)
         if NORMALIZE and SCALED and PARTS == 1:
-            factor = _inverse_root(rounded)
+            factor = inverse_root(rounded)
     tl.store(factors + place, factor, mask=there)
     tl.store(factors + vectors_total + place, exact, mask=there)
     tl.store(factors + 2 * vectors_total + place, scale, mask=there)
 
 
 @triton.jit
-def _inverse_root(square):
+def inverse_root(square):
     """1/sqrt of a float64 as float32, 0 for 0."""
     root = tl.sqrt(tl.where(square > 0, square, 1.0))
     return tl.where(square == 0, 0.0, tl.where(square > 0, 1.0 / root, square)).to(tl.float32)

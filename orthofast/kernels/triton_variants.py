@@ -14,6 +14,7 @@ from orthofast.kernels import tiles
 from orthofast.kernels.contract import ABS_MAX, ABS_SUM, HIST, ROW_ABS, SQ_SUM, SUM
 from orthofast.kernels.tiles import Tile
 from orthofast.kernels.triton_folds import fold
+from orthofast.kernels.triton_lengths import JOIN_BLOCK, join_strips, measure_tiles
 from orthofast.kernels.triton_plan import ANY, COLUMNS, FINISH_BLOCK, ROWS
 from orthofast.kernels.triton_prepare import finish, join_rows, poison_vectors, prepare
 
@@ -33,6 +34,9 @@ POINTERS = {
     "row_abs": "*fp64",
     "hist": "*i64",
     "todo": "*i32",
+    "matrices": "*i64",
+    "ends": "*i64",
+    "strips": "*fp32",
     "sums": "*fp64",
     "counts": "*i64",
 }
@@ -103,6 +107,13 @@ def variants(kind: str) -> list[Variant]:
             "CROSS": cross, "FIRST": not cross, "CONDITION": int(cross), "BLOCK_M": large.block_m,
             "BLOCK_N": large.block_n, "BLOCK_V": tiles.prepare_block(kind, False)[0],
         }, {"num_warps": 1}, False))  # fmt: skip
+    rows, step, strip = tiles.lengths_block(kind)
+    made.append(_of("measure-tiles-bf16", measure_tiles, {
+        "DTYPE": tl.bfloat16, "ALIGNED": True, "BLOCK_N": rows, "BLOCK_D": step, "STRIP": strip,
+    }, {"num_warps": 8}, False))  # fmt: skip
+    made.append(_of("join-strips", join_strips, {
+        "WATCHED": True, "NORMALIZE": True, "BLOCK_V": JOIN_BLOCK,
+    }, {"num_warps": 4}, False))  # fmt: skip
     made.append(_of("poison-vectors", poison_vectors, {"BLOCK_V": 16}, {"num_warps": 1}, False))
     return made
 

@@ -26,6 +26,7 @@ from orthofast.kernels import (
     triton_gpu,
     triton_launch,
     triton_plan,
+    triton_twins,
 )
 from orthofast.kernels.contract import make_request
 from orthofast.kernels.tiles import Tile
@@ -46,7 +47,7 @@ def _fresh_memory_is_poisoned(poisoned_memory: None) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for cache in (triton_plan.plan, triton_plan.method_of):
+    for cache in (triton_plan.plan, triton_plan.method_of, triton_twins.twins_of):
         cache.cache_clear()
     calls._known.clear()
 
@@ -204,9 +205,10 @@ def test_a_call_that_comes_again_is_neither_checked_nor_planned_twice(monkeypatc
         weights = [gaussian(shape, seed, torch.bfloat16) for shape in shapes]
         return [view for weight in weights for view in (weight, weight.mT)]
 
-    gram_stats_many(model(1), want=ALL, backend="triton_gpu")
     later = model(2)
-    expected = [gram_stats(x, want=ALL, backend="triton_gpu") for x in later]
+    expected = gram_stats_many(later, want=ALL, backend="triton_gpu")
+    _forget()
+    gram_stats_many(model(1), want=ALL, backend="triton_gpu")
 
     def refuse(*_: object) -> None:
         raise AssertionError("a call that comes again was planned again")
@@ -214,8 +216,8 @@ def test_a_call_that_comes_again_is_neither_checked_nor_planned_twice(monkeypatc
     for place, name in ((triton_gpu, "plan"), (triton_gpu, "shape_of"), (dispatch, "choose_each")):
         monkeypatch.setattr(place, name, refuse)
     assert len(calls._known) == 1
-    for found, alone in zip(gram_stats_many(later, want=ALL, backend="triton_gpu"), expected, strict=True):
-        assert same_bits(found, alone)
+    for found, first in zip(gram_stats_many(later, want=ALL, backend="triton_gpu"), expected, strict=True):
+        assert same_bits(found, first)
 
 
 def test_a_call_that_differs_in_any_way_is_a_new_one() -> None:
@@ -269,3 +271,75 @@ def test_a_slice_of_a_device_gives_the_same_bits(dtype: torch.dtype, monkeypatch
         found.append(gram_stats_many(xs, want=ALL, bins=8, backend="triton_gpu"))
     for other in found[1:]:
         assert all(same_bits(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+TWINS: dict[str, list[tuple[int, ...]]] = {
+    "square": [(64, 64), (64, 64)],
+    "ragged": [(37, 145), (145, 37), (2, 18, 72)],
+    "aligned": [(40, 136), (3, 72, 24)],
+    "tall": [(300, 2)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=SHORT.get)
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_rows_and_columns_are_measured_in_one_read(
+    name: str, dtype: torch.dtype, normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths to float32's last bits, from one read: no matrix is prepared a second time."""
+    weights = [gaussian(shape, seed, dtype) for seed, shape in enumerate(TWINS[name])]
+    weights[0].select(-2, 1).zero_()
+    xs = weights + [weight.mT for weight in weights]
+    apart = [gram_stats(x, normalize=normalize, want=ALL, backend="triton_gpu") for x in xs]
+    monkeypatch.setattr(triton_launch._Run, "prepare", refused)
+    for found, alone, x in zip(
+        gram_stats_many(xs, normalize=normalize, want=ALL, backend="triton_gpu"), apart, xs, strict=True
+    ):
+        exact = x.double().square().sum(-1)
+        assert torch.allclose(found.norm_sq, exact.view_as(found.norm_sq), rtol=2e-7, atol=0)
+        assert torch.equal(found.zero, alone.zero)
+        assert torch.equal(found.pairs, alone.pairs)
+        assert torch.equal(found.argmax, alone.argmax)
+        for field in ("abs_sum", "sq_sum", "row_abs", "abs_max"):
+            assert torch.allclose(getattr(found, field), getattr(alone, field), rtol=1e-6, atol=1e-6)
+
+
+def refused(*_: object, **__: object) -> None:
+    raise AssertionError("read a second time")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=SHORT.get)
+def test_wild_entries_are_measured_in_one_read_too(dtype: torch.dtype) -> None:
+    """Entries at both ends of the type, NaN and Inf: as each side alone."""
+    x = gaussian((48, 40), 1, dtype)
+    x[3] *= torch.finfo(dtype).max / 16
+    x[5] *= torch.finfo(dtype).tiny
+    x[:, 7] *= torch.finfo(dtype).tiny
+    broken = gaussian((33, 24), 2, dtype)
+    broken[4, 5], broken[6, 7] = float("nan"), float("inf")
+    xs = [x, x.mT, broken, broken.mT]
+    for found, one in zip(gram_stats_many(xs, want=ALL, backend="triton_gpu"), xs, strict=True):
+        alone = gram_stats(one, want=ALL, backend="triton_gpu")
+        assert torch.equal(found.nonfinite, alone.nonfinite)
+        exact = torch.where(one.isfinite(), one.double(), torch.nan).square().sum(-1)[None]
+        for record in (found, alone):
+            kept = torch.where(record.norm_sq.isfinite(), record.norm_sq, torch.nan)
+            assert torch.allclose(kept, exact, rtol=4e-7, atol=0, equal_nan=True)
+        assert torch.allclose(found.abs_sum, alone.abs_sum, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_matrices_that_only_look_alike_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = gaussian((24, 40), 1, torch.bfloat16), gaussian((24, 40), 2, torch.bfloat16)
+    prepared = []
+    plain = triton_launch._Run.prepare
+    monkeypatch.setattr(triton_launch._Run, "prepare", lambda run, **o: (prepared.append(run), plain(run, **o)))
+    for xs in ([a, b.mT], [a, b, a.mT], [a, a, b.mT, b.mT]):
+        prepared.clear()
+        for found, one in zip(gram_stats_many(xs, want=ALL, backend="triton_gpu"), xs, strict=True):
+            assert same_bits(found, gram_stats(one, want=ALL, backend="triton_gpu"))
+        assert prepared
+    prepared.clear()
+    for xs in ([a, a.mT, b, b.mT], [a, b, a.mT, b.mT], [a, b, b.mT, a.mT], [a.mT, a]):
+        gram_stats_many(xs, backend="triton_gpu")
+        assert not prepared
