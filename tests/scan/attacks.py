@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,15 @@ ATTACKS: dict[str, Attack] = {
         edited(lambda head: head["b.weight"].pop("data_offsets")), ("b.weight",), "data_offsets"
     ),
 }
+
+
+def with_pickle(path: Path, data: bytes, members: dict[str, bytes] | None = None) -> Path:
+    """A zip file of torch with this pickle and these storages."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        for key, content in (members or {}).items():
+            archive.writestr(f"archive/data/{key}", content)
+    return path
 
 
 # the pickle inside a zip file of torch -> what the one sentence says; none of it is ever run

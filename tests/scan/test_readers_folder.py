@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from orthofast.errors import CheckpointError, InputError
 from orthofast.scan.readers.checkpoint import open_checkpoint
 from orthofast.scan.readers.folder import choose
+from tests.scan.attacks import gguf_head, gguf_tensor
 from tests.scan.stored_values import same_bits, stored_values
 
 CHOICES: dict[str, tuple[list[str], str, list[str]]] = {
@@ -153,6 +155,20 @@ def test_a_snapshot_of_the_hub_tells_its_commit(tmp_path: Path) -> None:
     assert open_checkpoint(folder).revision == "0123456789" * 4
     assert open_checkpoint(folder / "model.safetensors").revision == "0123456789" * 4
     assert open_checkpoint(folder.rename(tmp_path / "elsewhere")).revision is None
+
+
+@pytest.mark.parametrize("kind", ["torch", "gguf"])
+def test_a_file_that_shrinks_after_its_header_was_read(kind: str, tmp_path: Path) -> None:
+    """A memory map would kill the process here."""
+    file = tmp_path / f"shrinks.{kind}"
+    if kind == "torch":
+        torch.save({"w": torch.ones(64, 64)}, file)
+    else:
+        file.write_bytes(gguf_head(tensors=1) + gguf_tensor((64, 64)) + bytes(32 + 64 * 64 * 4))
+    catalog = open_checkpoint(file)
+    os.truncate(file, catalog.extents[0].offset + 5)
+    with pytest.raises(CheckpointError, match="became shorter while it was read: 'w' is incomplete"):
+        stored_values(catalog)
 
 
 class Tied(nn.Module):

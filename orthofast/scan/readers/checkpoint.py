@@ -58,6 +58,11 @@ def open_checkpoint(
     Raises:
         CheckpointError: if there is nothing to read; the message names the file.
         InputError: if ``source`` is none of these.
+
+    Example:
+        >>> catalog = open_checkpoint(nn.Linear(3, 2))
+        >>> [(extent.name, extent.dtype, extent.shape) for extent in catalog.extents]
+        [('weight', 'F32', (2, 3)), ('bias', 'F32', (2,))]
     """
     if isinstance(source, nn.Module | Mapping):
         return memory.catalog_of(source)
