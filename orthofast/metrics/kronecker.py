@@ -89,7 +89,7 @@ def kronecker_condition_number(
     p: float = 1.0,
     *,
     count: int | None = None,
-    tol: float | None = None,
+    tol: float | tuple[float, float] | None = None,
     nonzero: bool = False,
 ) -> ConditionNumber:
     """kappa_p of a Kronecker product from the eigenvalues of its factors.
@@ -107,7 +107,8 @@ def kronecker_condition_number(
         b: (n,) of the other.
         p: as in :func:`condition_number`, of the m n products.
         count: N, how many rows both factors were averaged over.
-        tol: share of its factor's largest at and below which an eigenvalue counts as 0; :func:`eigenvalue_tolerance`.
+        tol: share of its factor's largest at and below which an eigenvalue counts as 0, one for both factors or one
+            each; :func:`eigenvalue_tolerance`.
         nonzero: count only products of eigenvalues above the tolerance.
 
     Returns:
@@ -121,7 +122,8 @@ def kronecker_condition_number(
     tensor(4., dtype=torch.float64)
     """
     kept, raised, exact = [], [], []
-    for values, limit in (checked_eigenvalues(a, "a", count, tol), checked_eigenvalues(b, "b", count, tol)):
+    of_a, of_b = tol if isinstance(tol, tuple) else (tol, tol)
+    for values, limit in (checked_eigenvalues(a, "a", count, of_a), checked_eigenvalues(b, "b", count, of_b)):
         array = values.numpy()
         if not len(array) or not array[0] > 0:
             rank_of(p, 1)

@@ -122,6 +122,17 @@ def test_a_bound_is_below_kappa_whatever_the_unresolved_eigenvalues_are(p: float
     assert bool(kappa.is_lower_bound) == (len(seen) > 1)
 
 
+def test_each_factor_may_have_a_tolerance_of_its_own() -> None:
+    a, b = (torch.tensor([1.0, 0.5, small], dtype=torch.float64) for small in (1e-5, 1e-3))
+    both = [metrics.kronecker_condition_number(a, b, tol=tol) for tol in ((1e-4, 1e-4), 1e-4)]
+    assert both[0] == both[1]
+    assert int(both[0].resolved_rank) == 6
+    assert int(metrics.kronecker_condition_number(a, b, tol=(1e-6, 1e-2)).resolved_rank) == 6
+    assert int(metrics.kronecker_condition_number(a, b, tol=(1e-4, 1e-2)).resolved_rank) == 4
+    resolved = metrics.kronecker_condition_number(a, b, tol=(1e-6, 1e-4))
+    assert (resolved.value.item(), int(resolved.resolved_rank)) == (pytest.approx(1e8), 9)
+
+
 def test_a_histogram_counts_every_product_once() -> None:
     a, b = eigenvalues(30, 4, 0), eigenvalues(20, 4, 1)
     a[:3] = 0
