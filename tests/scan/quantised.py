@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -184,6 +185,24 @@ def fp8_values(data: Tensor, scales: Tensor, block: tuple[int, int] = (128, 128)
         for j in range(wide.shape[1]):
             values[i, j] = wide[i, j] * factors[i // block[0], j // block[1]]
     return values
+
+
+def write_gguf(path: Path, tensors: Mapping[str, tuple[int, tuple[int, ...], Tensor]]) -> Path:
+    """A GGUF file of version 3 with one entry; name -> (ggml's number of the type, shape, bytes)."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1)
+    header += text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    data = b""
+    for name, (kind, shape, octets) in tensors.items():
+        sizes = struct.pack(f"<{len(shape)}Q", *reversed(shape))  # innermost first
+        header += text(name) + struct.pack("<I", len(shape)) + sizes + struct.pack("<IQ", kind, len(data))
+        data += octets.numpy().tobytes()
+        data += bytes(-len(data) % 32)
+    path.write_bytes(header + bytes(-len(header) % 32) + data)
+    return path
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Path:

@@ -353,3 +353,19 @@ def test_memory_given_is_written_into() -> None:
     assert values.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
     assert torch.equal(values, decode(weights[NAME], parts))
     assert bool(memory[values.numel() :].isnan().all())
+
+
+def test_zero_points_of_one_byte_and_a_last_group_that_is_shorter() -> None:
+    number, scale = np.random.default_rng(7), torch.rand(4, 3)
+    values, zeros = number.integers(0, 16, (4, 72)), number.integers(-8, 8, (4, 3))
+    told = {"weights": {"num_bits": 4, "type": "int", "symmetric": False, "group_size": 32}, "targets": ["Linear"]}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": told}}
+    tensors = {
+        f"{NAME}_packed": words_of(values, 4),
+        f"{NAME}_scale": scale,
+        f"{NAME}_shape": torch.tensor([4, 72]),
+        f"{NAME}_zero_point": torch.from_numpy(zeros.astype(np.int8)),
+    }
+    per_column = np.arange(72) // 32
+    truth = (values - 8 - zeros[:, per_column]) * scale.double().numpy()[:, per_column]
+    np.testing.assert_allclose(decoded(NAME, tensors, config).numpy(), truth, rtol=2**-23)
