@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from orthofast.training.report import LayerConditioning, Report
     from orthofast.training.sinks import Console, Csv, JsonLines, MLflow, TensorBoard, WandB
     from orthofast.training.srip import SRIP
+    from orthofast.training.tracker import CovarianceTracker
 
 __all__ = [
     "SRIP",
     "Console",
     "ConvOrthogonality",
+    "CovarianceTracker",
     "Csv",
     "Factors",
     "FramePotential",
@@ -70,6 +72,7 @@ __all__ = [
 _HOME = {
     "Console": "sinks",
     "ConvOrthogonality": "losses",
+    "CovarianceTracker": "tracker",
     "Csv": "sinks",
     "Factors": "factors",
     "FramePotential": "losses",

@@ -88,8 +88,8 @@ def conditioning(
     for share in shares:
         rank_of(share, 1)
     how = factors or Factors()
-    split = _is_split(model)
-    model = _unwrapped(model)
+    split = is_split(model)
+    model = unwrapped(model)
     modules, skipped = measured_modules(model, layers)
     generator = torch.Generator("cpu").manual_seed(how.seed)
     asked = Labels(loss, labels, how.mc_samples, generator)
@@ -304,14 +304,14 @@ def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def _is_split(model: nn.Module) -> bool:
+def is_split(model: nn.Module) -> bool:
     """Whether processes hold the model together, each with data of its own."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return True
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Without DDP, which counts on a backward pass of its own, and without torch.compile's shell."""
     inner: Any = model
     while True:
