@@ -216,7 +216,7 @@ def of_layer(layer: LayerFactors, ps: Sequence[float]) -> LayerConditioning:
     for p in ps:
         of_x = condition_number(x, p, tol=tol_x)
         of_g = condition_number(g, p, tol=tol_g)
-        of_both = kronecker_condition_number(x, g, p, tol=max(tol_x, tol_g))
+        of_both = kronecker_condition_number(x, g, p, tol=(tol_x, tol_g))
         row.resolved_rank_x, row.resolved_rank_g = int(of_x.resolved_rank), int(of_g.resolved_rank)
         for name, found in (("kappa_x", of_x), ("kappa_g", of_g), ("kappa_F", of_both)):
             getattr(row, name)[p] = float(found.value)
