@@ -11,14 +11,16 @@ import typer
 
 from orthofast.commands.amounts import memory_bytes, role_names
 from orthofast.commands.exits import INTERRUPTED, exit_codes, say
-from orthofast.commands.outputs import check_folder, check_targets, finish, write
+from orthofast.commands.outputs import check_folder, check_targets, conclude, write
 from orthofast.commands.terminal import print_result, progress_bar
 from orthofast.errors import InputError
 from orthofast.kernels import Sample
+from orthofast.scan.journal import discard
 from orthofast.scan.options import ScanOptions
 from orthofast.scan.plan import Plan, layer_numbers, make_plan
 from orthofast.scan.presets import preset as choices
 from orthofast.scan.provenance import Interrupted, measure
+from orthofast.scan.ranks import local_device, team_from_environment
 from orthofast.scan.readers.checkpoint import open_checkpoint
 from orthofast.scan.result import ScanResult
 from orthofast.scan.selection import keep_roles, keep_sides
@@ -132,11 +134,10 @@ def scan(
         except Interrupted as stopped:
             _keep_partial(stopped.result, targets, kept, quiet, json_)
             raise typer.Exit(INTERRUPTED) from None
-        try:
-            finish(result, targets, json_ and not _follows(), quiet or _follows(), long)
-        finally:
-            if kept is not None and journal is None and not _follows():
-                kept.unlink(missing_ok=True)  # the result holds all of it
+        write(result, targets, quiet)
+        if kept is not None and journal is None and not _follows():
+            discard(kept)  # the files hold all of it
+        conclude(result, json_ and not _follows(), quiet or _follows(), long)
 
 
 def run(
@@ -150,11 +151,14 @@ def run(
     backend: str | None = None,
     options: ScanOptions | None = None,
 ) -> ScanResult:
-    """Measure a plan with a progress bar; what is known to be wrong is said before the first read."""
-    for note in plan.catalog.notes:
-        say(f"orthofast: note: {note}")
-    for error in dict.fromkeys(fault.error for fault, _ in plan.faults):
-        say(f"orthofast: {error}")
+    """Measure a plan with a progress bar, with the other ranks of a launch if there are any.
+
+    What is known to be wrong is said before the first read.
+    """
+    known = [f"note: {note}" for note in plan.catalog.notes]
+    known += dict.fromkeys(fault.error for fault, _ in plan.faults)
+    for sentence in known if not _follows() else ():
+        say(f"orthofast: {sentence}")
     with progress_bar(plan.nbytes, show) as progress:
         return measure(
             plan,
@@ -162,9 +166,10 @@ def run(
             backend=backend,
             heads=heads,
             sample=sample,
-            device=device,
+            device=None if device is None else local_device(device),
             options=options,
             progress=progress,
+            team=team_from_environment(),
         )
 
 
@@ -192,6 +197,8 @@ def _keep_partial(
     result: ScanResult, targets: Sequence[Path], journal: Path | None, quiet: bool, as_json: bool
 ) -> None:
     """What is known when the user stops a scan: to the files and, where there are none, to the terminal."""
+    if _follows():
+        return
     result.provenance["interrupted"] = True
     write(result, targets, quiet)
     if not targets and not quiet and not as_json:

@@ -102,8 +102,8 @@ class Journal:
 
     def read_others(self, path: Path) -> None:
         """Use the journals of an earlier scan that other ranks, or one process alone, wrote beside ``path``."""
-        for other in sorted({path, *path.parent.glob(f"{glob.escape(path.name)}{RANK_SUFFIX}*")} - {self.path}):
-            if other.is_file():
+        for other in (path, *_of_ranks(path)):
+            if other != self.path and other.is_file():
                 self._take(other.read_bytes())
 
     def close(self) -> None:
@@ -168,6 +168,16 @@ class Journal:
             raise InputError(
                 f"the journal {self.path} cannot be written: {error.strerror}; what it holds can be resumed"
             ) from None
+
+
+def discard(path: str | os.PathLike[str]) -> None:
+    """Remove a journal whose result is written, and those of the ranks of a team beside it."""
+    for file in (Path(path), *_of_ranks(Path(path))):
+        file.unlink(missing_ok=True)
+
+
+def _of_ranks(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}{RANK_SUFFIX}*"))
 
 
 def plan_digest(plan: Plan, settings: Mapping[str, object]) -> str:

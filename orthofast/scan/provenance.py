@@ -124,6 +124,7 @@ def measure(
                 opened.callback(scan.stop)
                 measure_together(scan, tally, settings, run_parts, finished)
                 scan.leave()
+                spent.measured = len(dict(tally.known())) - spent.reused  # by all ranks
     except KeyboardInterrupt:
         if scan is not None:
             collect_published(scan, tally)

@@ -104,6 +104,23 @@ def scan_as_rank(model: str, out: str, port: int, rank: int, size: int, pause_s:
     part.rename(Path(out) / f"result{rank}.json")
 
 
+def command_as_rank(folder: str, port: int, rank: int, size: int, *arguments: str) -> None:
+    """The command as a launcher starts it; what it prints goes to files with its number."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the launcher's
+    for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
+        os.dup2(os.open(Path(folder) / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), stream.fileno())
+    os.chdir(folder)
+    sys.argv = ["orthofast", *arguments]
+    from orthofast.cli import main
+
+    try:
+        main()
+    except SystemExit as end:
+        (Path(folder) / f"code{rank}").write_text(str(end.code))
+    sys.stdout.flush()
+
+
 def serve() -> None:
     """Fork a child for each line; a child ends with its call."""
     import torch

@@ -96,6 +96,20 @@ def test_a_team_goes_on_with_the_journals_of_all_ranks(model: Path, tmp_path: Pa
     assert counts["reused"] == len(kept - {"layers.7.weight"})  # what failed is tried again
 
 
+def test_the_command_prints_and_writes_on_one_rank(model: Path, tmp_path: Path, store: dist.TCPStore) -> None:
+    line = ("scan", model, "--json", "-o", "result.json")
+    numbers = [start("command_as_rank", tmp_path, store.port, rank, 2, *line) for rank in range(2)]
+    assert all(wait(number) for number in numbers)
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert (document["rows"], document["skipped"]) == expected(model)
+    assert document["provenance"]["ranks"] == 2
+    assert document["provenance"]["weights"]["measured"] == WEIGHTS - 1
+    assert json.loads((tmp_path / "out0").read_text()) == document
+    assert (tmp_path / "out1").read_text() == ""
+    assert not list(tmp_path.glob("*journal*"))
+    assert (tmp_path / "code0").read_text() == "3"  # one weight holds NaN
+
+
 class Ranks:
     """Ranks as threads of this process."""
 
