@@ -190,18 +190,15 @@ def test_shards_with_an_index_are_read_and_missing_ones_named(tmp_path: Path) ->
 def test_deflated_members_are_loaded_whole_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"w": torch.randn(20, 30), "v": torch.zeros(10)}
     tensors["tied"] = tensors["w"]
-    plain = saved(tmp_path / "plain.pt", tensors)
-    deflated = tmp_path / "deflated.pt"
-    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as new:
-        for info in old.infolist():
-            new.writestr(info.filename, old.read(info))
-    catalog = open_checkpoint(deflated)
+    file = saved(tmp_path / "deflated.pt", tensors)
+    file.write_bytes(deflated(file.read_bytes()))
+    catalog = open_checkpoint(file)
     assert catalog.tied == {"tied": "w"}
     assert catalog.memory.keys() == {"w", "v"}
     check(catalog, tensors)
     monkeypatch.setattr(torch_legacy, "LIMIT_BYTES", 2000)
     with pytest.raises(CheckpointError, match=r"deflated\.pt has to be loaded whole .* compressed, and \d+ bytes"):
-        open_checkpoint(deflated)
+        open_checkpoint(file)
 
 
 def test_files_before_torch_1_6_are_loaded_whole_up_to_the_limit(
@@ -270,13 +267,23 @@ def test_a_file_is_told_by_its_content_not_by_its_name(tmp_path: Path) -> None:
     check(open_checkpoint(tmp_path / "odd.bin"), tensors)
 
 
-def a_file() -> bytes:
+def a_file(zipped: bool = True) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"a": torch.arange(12.0).view(3, 4), "b": torch.arange(6).view(2, 3).t()}, buffer)
+    tensors = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(6).view(2, 3).t()}
+    torch.save(tensors, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def deflated(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
     return buffer.getvalue()
 
 
 WHOLE = a_file()
+LOADED = {"legacy": a_file(zipped=False), "deflated": deflated(WHOLE)}
 
 
 def refused_or_sound(file: Path) -> None:
@@ -321,6 +328,23 @@ def test_flipped_bytes_never_crash(flips: list[tuple[int, int]], region: str, tm
         content[start + position % (stop - start)] = byte
     file = tmp_path / "flipped.pt"
     file.write_bytes(bytes(content))
+    refused_or_sound(file)
+
+
+@pytest.mark.parametrize("kind", LOADED)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=3),
+    cut=st.integers(0, 3),
+)
+def test_flipped_bytes_of_files_that_are_loaded_never_crash(
+    kind: str, flips: list[tuple[int, int]], cut: int, tmp_path: Path
+) -> None:
+    content = bytearray(LOADED[kind])
+    for position, byte in flips:
+        content[position % len(content)] = byte
+    file = tmp_path / "flipped.bin"
+    file.write_bytes(bytes(content[: len(content) - 50 * cut]))
     refused_or_sound(file)
 
 

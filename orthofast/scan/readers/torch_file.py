@@ -7,7 +7,9 @@ id ("storage", type, key, location, elements), and of one stored member ``NAME/d
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +74,8 @@ HARMLESS = frozenset(
     | {"torch.storage.UntypedStorage", "torch.storage.TypedStorage", "_codecs.encode"}
     | PLAIN_OBJECTS
 )
+# what zipfile raises on hostile bytes
+BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError, OSError, MemoryError)
 HOW_TO_CONVERT = "load it where it was made and save model.state_dict() instead"
 
 
@@ -173,7 +177,7 @@ def read_archive(handle: BinaryIO, start: int, size: int, what: str) -> Archive:
     try:
         with zipfile.ZipFile(Window(handle, start, size)) as archive:
             return _archive(archive, handle, start, size, what)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError, OSError, MemoryError) as error:
+    except BROKEN as error:
         raise CheckpointError(
             f"{what} is truncated or no zip file of torch: {shown(str(error))}; fetch the file again"
         ) from None
@@ -219,6 +223,8 @@ def _archive(archive: zipfile.ZipFile, handle: BinaryIO, start: int, size: int, 
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int, what: str) -> bytes:
     """A small member, whatever its header claims."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise CheckpointError(f"{what} is compressed by a method that torch does not read")
     with archive.open(info) as member:
         content = member.read(limit + 1)
     if len(content) > limit:

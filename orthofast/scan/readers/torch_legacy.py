@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -60,6 +61,7 @@ def load(file: Path, why: str, nbytes: int = 0) -> object:
         TypeError,
         ValueError,
         OverflowError,
+        struct.error,
         zipfile.BadZipFile,
     ) as error:
         first = (str(error).splitlines() or [""])[0]
