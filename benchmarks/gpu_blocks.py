@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu_cases import GpuCase, embedding_case, gaussian, speed_cases
 from benchmarks.gpu_device import Device
-from benchmarks.gpu_journal import Journal
+from benchmarks.gpu_journal import OUT_OF_TIME, Journal
 from benchmarks.gpu_peers import backends, block_rows, default_backend, field
 from benchmarks.gpu_race import MatrixContest, race
 from benchmarks.machine import ROOT
@@ -78,7 +78,7 @@ def check(context: Context) -> None:
         elif (os.cpu_count() or 1) >= 8 and _has("xdist"):
             command += ["-n", "6"]  # most of the time is spent compiling
         started = time.perf_counter()
-        code, output = _run_whole(command, environment, context.allowance_s)
+        code, output = run_whole(command, environment, context.allowance_s)
         lines = report.read_text().splitlines() if report.exists() else []
     for line in lines:
         context.journal.row("checks", json.loads(line))
@@ -88,8 +88,8 @@ def check(context: Context) -> None:
     )
 
 
-def _run_whole(command: list[str], environment: dict[str, str], allowance_s: float) -> tuple[int, str]:
-    """Exit code, -1 when its time was over, and output. It ends with all it started: none may disturb later blocks."""
+def run_whole(command: list[str], environment: dict[str, str], allowance_s: float) -> tuple[int, str]:
+    """Exit code or OUT_OF_TIME, and output. It ends with all it started: none may disturb later blocks."""
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -99,7 +99,7 @@ def _run_whole(command: list[str], environment: dict[str, str], allowance_s: flo
             return process.returncode, output
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return -1, f"{process.communicate()[0]}\nstopped after {allowance_s:.0f} s"
+            return OUT_OF_TIME, f"{process.communicate()[0]}\nstopped after {allowance_s:.0f} s"
 
 
 def speed(context: Context) -> None:

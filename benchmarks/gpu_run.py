@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import tempfile
 import time
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_report, machine
-from benchmarks.gpu_blocks import Context, all_blocks
+from benchmarks.gpu_blocks import Context, all_blocks, run_whole
 from benchmarks.gpu_device import CudaDevice, Device, DryDevice
 from benchmarks.gpu_journal import OUT_OF_TIME, Journal, backend_of, read
 from benchmarks.gpu_measured import GPU_SCHEMA_VERSION, SECTIONS, GpuResults
@@ -168,14 +168,10 @@ def supervised(
             told = {"journal": str(journal), "limit_s": limit_s, "allowance_s": share, "dry": dry}
             order.write_text(json.dumps({**told, "excluded": excluded, "done": sorted(done)}))
             command = [sys.executable, "-m", "benchmarks.gpu_run", "--child", name, str(order)]
-            try:
-                finished = subprocess.run(
-                    command, cwd=machine.ROOT, capture_output=True, text=True, check=False,
-                    timeout=max(1.0, deadline - time.perf_counter()),
-                )  # fmt: skip
-                code, message = finished.returncode, finished.stderr.strip()[-600:]
-            except subprocess.TimeoutExpired:
-                code, message = OUT_OF_TIME, "was stopped at the end of its time"
+            code, output = run_whole(command, dict(os.environ), max(1.0, deadline - time.perf_counter()))
+            message = output.strip()[-600:]
+            if code == OUT_OF_TIME:
+                message = "was stopped at the end of its time"
             story = read(journal, code)
         rows += story.rows
         done |= story.done

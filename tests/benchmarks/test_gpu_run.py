@@ -18,7 +18,7 @@ from benchmarks import gate, gpu_blocks, gpu_models, gpu_peers, gpu_run, machine
 from benchmarks.cases import BERT_LAYER, BERT_LAYERS
 from benchmarks.gpu_cases import copies, draw, speed_cases, stored
 from benchmarks.gpu_device import DryDevice, Reading, Telemetry, parse_reading
-from benchmarks.gpu_journal import BROKEN, STUCK, Journal, backend_of, read
+from benchmarks.gpu_journal import BROKEN, OUT_OF_TIME, STUCK, Journal, backend_of, read
 from benchmarks.gpu_measured import SECTIONS, load_gpu
 from benchmarks.gpu_peers import backends, block_rows, field, gluon, naive_float32, ours
 from benchmarks.gpu_race import MatrixContest, allowed, race
@@ -261,13 +261,7 @@ def test_a_culprit_is_left_out_and_the_block_starts_again(monkeypatch):
     """The first process dies in ``bad``; the second is told, and goes on after what was done."""
     orders = []
 
-    class Ended:
-        stderr = ""
-
-        def __init__(self, code):
-            self.returncode = code
-
-    def process(command, **_options):
+    def process(command, environment, allowance_s):
         order = json.loads(Path(command[-1]).read_text())
         orders.append(order)
         journal = Journal(Path(order["journal"]))
@@ -275,11 +269,11 @@ def test_a_culprit_is_left_out_and_the_block_starts_again(monkeypatch):
             journal.row("measurements", {"case": 1})
             journal.case_done("one")
             journal._write({"begin": "bad@highest"})
-            return Ended(-11)
+            return -11, ""
         journal.row("measurements", {"case": 2})
-        return Ended(0)
+        return 0, ""
 
-    monkeypatch.setattr(gpu_run.subprocess, "run", process)
+    monkeypatch.setattr(gpu_run, "run_whole", process)
     excluded: dict[str, str] = {}
     rows = gpu_run.supervised("speed", 60.0, excluded, dry=True, left_s=100.0)
     assert [row["case"] for section, row in rows if section == "measurements"] == [1, 2]
@@ -347,8 +341,8 @@ def test_a_command_out_of_time_takes_along_what_it_started(tmp_path):
     late = tmp_path / "late"
     child = f"import pathlib, time; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
     parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    code, output = gpu_blocks._run_whole([sys.executable, "-c", parent], dict(os.environ), 1.5)
-    assert code == -1
+    code, output = gpu_blocks.run_whole([sys.executable, "-c", parent], dict(os.environ), 1.5)
+    assert code == OUT_OF_TIME
     assert output.startswith("begun")
     time.sleep(2.5)
     assert not late.exists()
