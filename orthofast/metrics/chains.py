@@ -195,18 +195,20 @@ def chain_trace(states: Iterable[Tensor]) -> ChainTrace:
         InputError: if there is none, or one is not of that shape.
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    whole = False
+    runs: tuple[int, ...] = ()
     for number, state in enumerate(states):
         h = _checked(state, f"states[{number}]")
-        whole = h.dim() == 2
-        h = h.unsqueeze(0) if whole else h
+        runs = runs if found else tuple(h.shape[:-2])
+        if tuple(h.shape[:-2]) != runs:
+            raise InputError(f"states[{number}] needs runs {runs} as the first state has, got {tuple(h.shape)}")
+        h = h if runs else h.unsqueeze(0)
         shares = singular_shares(h)
         cosines = pii_from(gram_stats(h, want=("abs_sum",), precision="float64"))
         found.append((gap_from_shares(shares, h.shape[1]), shares[:, -1], cosines))
     if not found:
         raise InputError("states needs at least one state, got none; a chain can be walked through once only")
     gap, least, cosine = (torch.stack(row, -1) for row in zip(*found, strict=True))
-    return ChainTrace(gap[0], least[0], cosine[0]) if whole else ChainTrace(gap, least, cosine)
+    return ChainTrace(gap, least, cosine) if runs else ChainTrace(gap[0], least[0], cosine[0])
 
 
 def gram_fluctuation(states: Iterable[Tensor]) -> GramFluctuation:

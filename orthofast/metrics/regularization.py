@@ -120,7 +120,8 @@ def ridge_shrinkage(eigenvalues: Tensor, rates: Tensor) -> Tensor:
     """
     _not_negative(eigenvalues, "eigenvalues")
     _not_negative(rates, "rates")
-    values, alpha = _float64(eigenvalues)[None], _float64(rates).reshape(-1, 1)
+    values = _float64(eigenvalues)[None]
+    alpha = _float64(rates).reshape(-1, 1).to(values.device)
     total = values + alpha
     return torch.where(total == 0, 1.0, values / torch.where(total == 0, 1.0, total))
 

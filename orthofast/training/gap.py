@@ -244,7 +244,7 @@ def samples_of(module: nn.Module | None, x: Tensor, positions: bool) -> Tensor:
 def _chosen(model: nn.Module, select: Select) -> dict[str, nn.Module]:
     modules = modules_by_path(model)
     if select is None:
-        leaves = {path: module for path, module in modules.items() if path and not any(module.children())}
+        leaves = {path: module for path, module in modules.items() if path and _is_leaf(module)}
         return {INPUT: model, **(leaves or {"": model})}
     chosen = selector(select)
     found = {INPUT: model} if chosen(INPUT, nn.Identity()) else {}
@@ -253,6 +253,11 @@ def _chosen(model: nn.Module, select: Select) -> dict[str, nn.Module]:
         some = ", ".join([INPUT, *filter(None, modules)][:5])
         raise InputError(f"select={select!r} chooses none of the model's modules; there are {some}, ...")
     return found
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it holds no modules but those that compute its weight."""
+    return all(name == "parametrizations" for name, _ in module.named_children())
 
 
 def _row(seen: _Seen, metric: str) -> LayerGap:

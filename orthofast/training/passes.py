@@ -59,22 +59,24 @@ def undisturbed(model: nn.Module, *, training: bool | None = None) -> Iterator[N
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+
+    def restore() -> None:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
-        try:
-            if training is not None:
-                model.train(training)
-            stack.enter_context(still(model))
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+        stack.callback(restore)  # after what still() restores
+        if training is not None:
+            model.train(training)
+        stack.enter_context(still(model))
+        yield
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -224,6 +224,7 @@ def test_whitening_makes_what_batch_norm_approximates(n: int, d: int) -> None:
         (lambda: vanilla_chain(torch.ones(3, 4), 2, activation=torch.tanh), r"activation needs f\(2 h\) = 2 f\(h\)"),
         (lambda: chain_trace([]), "states needs at least one state"),
         (lambda: chain_trace([torch.ones(3)]), r"states\[0\] needs shape"),
+        (lambda: chain_trace([torch.ones(2, 3), torch.ones(1, 2, 3)]), r"states\[1\] needs runs \(\) as the first"),
         (lambda: gram_fluctuation([]), "states needs at least one state"),
         (lambda: diagonal_start(5, 4), "n needs at most d = 4 samples"),
         (lambda: nearly_parallel_start(5, 4), "n needs at most d = 4 samples"),

@@ -157,6 +157,15 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_weights_that_are_computed_stay_what_they_were() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)), nn.BatchNorm1d(5)).eval()
+    before = copy.deepcopy(model.state_dict())
+    report = representation_gaps(model, batches_of(2, 4, 6), training=True)
+    assert list(report.layers) == ["(input)", "0", "1"]
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_batches_of_another_size_and_broken_ones_are_counted_not_averaged() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     data = [*batches_of(3, 8, 6), torch.full((8, 6), math.nan), *batches_of(1, 5, 6)]
