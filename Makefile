@@ -21,12 +21,13 @@ help: ## list the targets
 
 install: $(STAMP) ## make .venv with orthofast (editable), its native module and all tools
 
-$(STAMP): pyproject.toml setup.py CMakeLists.txt requirements/constraints.txt $(SOURCES)
+$(STAMP): pyproject.toml setup.py CMakeLists.txt requirements/constraints.txt requirements/peers.txt $(SOURCES)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "orthofast needs Python 3.11 or newer, $(PY) is none; choose one: make PY=python3.12 ..."; exit 1; }
 	@test -x $(PYTHON) || $(PY) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "$(PY) has no venv module (Debian: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[dev]'
+	$(PYTHON) -m pip install -q --disable-pip-version-check --no-deps -r requirements/peers.txt
 	@$(PYTHON) -c '$(HAS_NATIVE)' | sed 's/^/backends installed: /; s/$$/,reference/'
 	@touch $@
 
