@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orthofast.commands.exits import exit_codes
-from orthofast.commands.outputs import finish
+from orthofast.commands.outputs import conclude, write
 from orthofast.commands.scan import run
 from orthofast.errors import InputError, MissingPackageError
 from orthofast.scan import report
@@ -36,7 +36,8 @@ def demo(
             raise InputError(f"the folder {out} cannot be made: {error.strerror}") from None
         result = run(make_plan(open_checkpoint(checkpoint)), show=True, options=ScanOptions(detail=True))
         result.provenance["checkpoint"] = NAME
-        finish(result, targets, False, False, False)
+        write(result, targets, False)
+        conclude(result, False, False, False)
 
 
 def _checkpoint() -> Path:

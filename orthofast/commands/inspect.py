@@ -83,7 +83,9 @@ def _print(found: Inspection, plan: Plan, long: bool) -> None:
         print_lines("roles; shapes as (out, in)", heads, rows)
     if found.unmapped:
         rows = [[name, f"{shape[0]}x{shape[1]}", str(count)] for name, shape, count in found.unmapped]
-        print_lines("role Other: measured, but in no column of the table", ["name", "shapes", "matrices"], _some(rows, long))
+        print_lines(
+            "role Other: measured, but in no column of the table", ["name", "shapes", "matrices"], _some(rows, long)
+        )
     if found.tied:
         line(f"tied: {', '.join(f'{name} is {stored}' for name, stored in found.tied.items())}")
     if found.skipped:

@@ -29,13 +29,12 @@ def check_folder(target: Path) -> None:
         raise InputError(f"the folder of {target} does not exist; make it first")
 
 
-def finish(result: ScanResult, targets: Sequence[Path], as_json: bool, quiet: bool, long: bool) -> None:
-    """Write the files, print the result, and tell failures by the exit code.
+def conclude(result: ScanResult, as_json: bool, quiet: bool, long: bool) -> None:
+    """Print the result, and tell failures by the exit code.
 
     Raises:
         typer.Exit: with code 3 where some tensor failed.
     """
-    write(result, targets, quiet)
     if as_json:
         sys.stdout.write(result.to_json())
         sys.stdout.flush()

@@ -128,12 +128,15 @@ def scan(
                 backend=backend,
                 options=options,
             )
-            if chosen is not None:
-                result.rows = keep_sides(result.rows, chosen.sides)
-                result.provenance["preset"] = preset
+            interrupted = False
         except Interrupted as stopped:
-            _keep_partial(stopped.result, targets, kept, quiet, json_)
-            raise typer.Exit(INTERRUPTED) from None
+            result, interrupted = stopped.result, True
+        if chosen is not None:
+            result.rows = keep_sides(result.rows, chosen.sides)
+            result.provenance["preset"] = preset
+        if interrupted:
+            _keep_partial(result, targets, kept, quiet, json_)
+            raise typer.Exit(INTERRUPTED)
         write(result, targets, quiet)
         if kept is not None and journal is None and not _follows():
             discard(kept)  # the files hold all of it
