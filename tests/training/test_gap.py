@@ -160,8 +160,10 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
 def test_weights_that_are_computed_stay_what_they_were() -> None:
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)), nn.BatchNorm1d(5)).eval()
     before = copy.deepcopy(model.state_dict())
-    report = representation_gaps(model, batches_of(2, 4, 6), training=True)
+    data = batches_of(3, 4, 6)
+    report = representation_gaps(model, data, training=True)
     assert list(report.layers) == ["(input)", "0", "1"]
+    assert report.layers["0"] == representation_gaps(model, data, training=False).layers["0"]  # no power iteration
     assert not any(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
