@@ -33,10 +33,11 @@ ROLES = (
     "Conv.depthwise",
     "Other",
 )
-STAGE = re.compile(r"layer\d+")  # ResNet: layer1.0, layer1.1, ...
+STAGE = re.compile(r"(layer|block)\d+")  # ResNet, PVT: layer1.0, layer1.1, ...
 NUMBERED = re.compile(r"((?:^|\.)\w*(?:layer|block)s?)_(\d+)(?=\.)")  # torchvision: encoder_layer_0
 CONVOLUTION = re.compile(r"conv|patch|stem|downsample|depthwise|dw")
 DEPTHWISE = re.compile(r"depthwise|dw_?conv|conv_?dw|conv_depth|conv1d|conv2d_dw")
+TOKENS = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|token_embd)\.weight$")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts", "num_routed_experts")
 LINEAR = frozenset(("Linear_1.weight", "Linear_1.gate", "Linear_2.weight", "Query", "Atten_Output", "Router"))
 
@@ -110,6 +111,7 @@ class Roles:
         self._layers = natural(tower, ("num_hidden_layers", "n_layer", "num_layers"))
         self._predicting = natural(tower, ("num_nextn_predict_layers", "num_mtp_layers"))
         self._varies = varies(tower)
+        self._width = next((shape[1] for name, shape in names.items() if TOKENS.search(name) and len(shape) == 2), 0)
         self._read: dict[tuple[object, ...], Reading] = {}
 
     def read(self, name: str, shape: tuple[int, ...]) -> Reading:
@@ -193,7 +195,8 @@ class Roles:
             rows, inward = inward, rows
         layer = int(segments[place.number]) if place.number > 0 else None
         heads = Heads() if stack else heads_of(tower, segments, layer)
-        parts = parts_of(rule.split, Fused(rows, inward, heads, tower)) if rule.split else ()
+        split = rule.split if any(types) or not stack or rule.model_type else None  # unnamed: gpt-oss alternates rows
+        parts = parts_of(split, Fused(rows, inward, heads, tower)) if split else ()
         axis = "cols" if role == "Atten_Output" else "rows"
         count = heads.columns(inward) if axis == "cols" else heads.rows(role, rows)
         if axes and role != "Other":
@@ -222,7 +225,7 @@ class Roles:
         """Whether (in, out) is stored; of stacked experts the known width tells, where only one side has it."""
         if self._conv1d and place.number > 0 and place.segments[-1] in self._rules.conv1d_leaves:
             return True
-        hidden = natural(tower, HIDDEN)
+        hidden = natural(tower, HIDDEN) or self._width
         if stack and not rule.flat and (rows == hidden) != (inward == hidden):
             return (rows == hidden) != (rule.role == "Linear_2.weight")
         return rule.stored == "in_out"

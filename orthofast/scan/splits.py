@@ -232,7 +232,6 @@ LAYOUTS: dict[str, Callable[[Fused], tuple[Part, ...]]] = {
     "gate_up_if_doubled": _gate_up_if_doubled,
     "up_gate": _up_gate,
     "gate_up_alternating": _gate_up_alternating,
-    "whole": lambda fused: (),
 }
 
 

@@ -251,6 +251,16 @@ MORE: dict[str, Family] = {
         },
         experts=2,
     ),
+    "stacked experts without a config: the width tells the sides, nothing tells gate from up": Family(
+        {},
+        {
+            "model.embed_tokens.weight": ((31, 12), one(EMBED)),
+            "model.layers.0.mlp.experts.gate_up_proj": ((2, 12, 10), stacked(UP, "0", 2, True)),
+            "model.layers.0.mlp.experts.down_proj": ((2, 5, 12), stacked(DOWN, "0", 2, True)),
+            "model.layers.1.mlp.experts.gate_up_proj": ((2, 10, 12), stacked(UP, "1", 2)),
+        },
+        experts=2,
+    ),
     "gpt-oss with biases": Family(
         {"model_type": "gpt_oss", "hidden_size": 6, "intermediate_size": 6},
         {
@@ -286,7 +296,10 @@ MORE: dict[str, Family] = {
         {
             "model.layers.0.self_attention.experts.input_linear.weight": ((2, 8, 6), stacked(Q, "0", 2)),
             "model.layers.0.self_attention.experts.output_linear.weight": ((2, 6, 8), stacked(O, "0", 2)),
-            "model.layers.0.self_attention.kv_proj.weight": ((16, 6), one("KV", "0")),
+            "model.layers.0.self_attention.kv_proj.weight": (
+                (16, 6),
+                (Expected(K, "0", "[key]", rows=range(8)), Expected(V, "0", "[value]", rows=range(8, 16))),
+            ),
         },
         experts=2,
     ),
@@ -342,6 +355,41 @@ MORE: dict[str, Family] = {
         {
             "new.encoder.layer.0.attention.qkv_proj.weight": ((36, 12), grouped("0", 3, 3, 4)),
             "new.encoder.layer.0.mlp.up_gate_proj.weight": ((40, 12), halves("0", 20, "up")),
+        },
+    ),
+    "hrm puts the gate before query, key and value": Family(
+        {"model_type": "hrm_text", "num_attention_heads": 3, "hidden_size": 12},
+        {
+            "model.layers.0.attn.gqkv_proj.weight": (
+                (48, 12),
+                runs("0", 1, (("gate", GATE_OF_ATTENTION, 12, 0), ("query", Q, 12, 3), ("key", K, 12, 3), ("value", V, 12, 3))),
+            ),
+        },
+    ),
+    "falcon 40B as it was first published": Family(
+        {"model_type": "RefinedWeb", "n_head": 4, "n_head_kv": 2},
+        {
+            "transformer.h.0.self_attention.query_key_value.weight": (
+                (24, 12),
+                runs("0", 2, (("query", Q, 6, 4), ("key", K, 3, 2), ("value", V, 3, 2))),
+            ),
+        },
+    ),
+    "hiera widens inside its attention": Family(
+        {"model_type": "hiera"},
+        {
+            "hiera.encoder.stages.1.layers.0.attn.qkv.weight": ((72, 12), thirds("1.0", 24)),
+            "hiera.encoder.stages.1.layers.0.attn.proj.weight": ((24, 24), one(O, "1.0")),
+        },
+    ),
+    "segformer of timm": Family(
+        {},
+        {
+            "block2.1.attn.q.weight": ((12, 12), one(Q, "block2.1")),
+            "block2.1.attn.kv.weight": (
+                (24, 12),
+                (Expected(K, "block2.1", "[key]", rows=range(12)), Expected(V, "block2.1", "[value]", rows=range(12, 24))),
+            ),
         },
     ),
     "qwen 1": Family(

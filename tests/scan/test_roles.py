@@ -91,3 +91,20 @@ def test_layers_are_numbered_apart_only_where_there_are_several_stacks(
     shapes = {f"{name}.weight": (8, 8) for name in layers}
     roles = Roles(shapes, {})
     assert tuple(roles.read(name, shape).layer for name, shape in shapes.items()) == expected
+
+
+def test_a_pattern_of_names_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ninety thousand names of a mixture of experts differ in two numbers."""
+    shapes = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{leaf}.weight": (4, 8)
+        for layer in range(20)
+        for expert in range(40)
+        for leaf in ("gate_proj", "up_proj")
+    }
+    roles = Roles(shapes, {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]})
+    judged = []
+    judge = roles._judge
+    monkeypatch.setattr(roles, "_judge", lambda name, *rest: judged.append(name) or judge(name, *rest))
+    read = {name: roles.read(name, shape) for name, shape in shapes.items()}
+    assert len(judged) <= 2 * 2  # layer 0 may be the first convolution
+    assert {(r.layer, r.expert) for r in read.values()} == {(str(i), e) for i in range(20) for e in range(40)}
