@@ -56,12 +56,13 @@ def layer_agop(model: nn.Module, layer: str | nn.Module, inputs: Any) -> Tensor:
 
     Args:
         model: maps ``inputs`` to (N, C).
-        layer: a module of it or its name; its first argument must be (N, ..., d), as that of ``nn.Linear``. For a
-            convolution, call :func:`agop` with its patches and the layers from there on.
+        layer: a module of it or its name; its first argument must be (N, ..., d), as that of ``nn.Linear``. Of a
+            convolution, its patches are what enters: the derivative by one is ``W^T g`` with g that by its output.
         inputs: what the model is called with.
 
     Returns:
-        (d, d) float64; compare it with the layer's weight by :func:`neural_feature_correlation`.
+        (d, d) float64, (in * kernel, in * kernel) of a convolution, summed over positions; compare it with the layer's
+        weight by :func:`neural_feature_correlation`.
 
     Raises:
         InputError: if there is no such layer, the model does not call it exactly once, or shapes do not fit.
@@ -76,28 +77,38 @@ def layer_agop(model: nn.Module, layer: str | nn.Module, inputs: Any) -> Tensor:
     module = named.get(layer) if isinstance(layer, str) else layer
     if module is None:
         raise InputError(f"layer needs the name of a module of the model, got {layer!r}; see named_modules()")
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        raise InputError(
-            f"layer needs a module of vectors (N, ..., d), got a {type(module).__name__}; unfold its input to patches "
-            "and call agop with the layers from there on"
-        )
-    entered: list[Tensor] = []
+    convolution = module if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+    if convolution is not None and convolution.groups != 1:
+        raise InputError(f"layer needs a convolution of one group, got {convolution.groups} groups")
+    leaves: list[Tensor] = []
 
-    def cut(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        leaf = arguments[0].detach().requires_grad_()
-        entered.append(leaf)
-        return (leaf, *arguments[1:])
+    def leaf_of(value: Tensor) -> Tensor:
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
 
-    handle = module.register_forward_pre_hook(cut)
+    def entering(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (leaf_of(arguments[0]), *arguments[1:])
+
+    def leaving(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        return leaf_of(output)
+
+    if convolution is None:
+        handle = module.register_forward_pre_hook(entering)
+    else:
+        handle = module.register_forward_hook(leaving)
     try:
         with torch.enable_grad():
             outputs = model(inputs)
     finally:
         handle.remove()
-    if len(entered) != 1:
-        raise InputError(f"layer needs a module that the model calls once, got one it called {len(entered)} times")
+    if len(leaves) != 1:
+        raise InputError(f"layer needs a module that the model calls once, got one it called {len(leaves)} times")
     with torch.enable_grad():
-        return _outer_products(outputs, entered[0])
+        products = _outer_products(outputs, leaves[0], -1 if convolution is None else 1)
+    if convolution is None:
+        return products
+    kernel = convolution.weight.detach().flatten(1).double()
+    return kernel.T @ products @ kernel
 
 
 def neural_feature_correlation(weight: Tensor, outer_products: Tensor) -> Tensor:
@@ -106,8 +117,8 @@ def neural_feature_correlation(weight: Tensor, outer_products: Tensor) -> Tensor
     Range [0, 1]; 1: proportional, as the neural feature ansatz says of trained layers (Lu et al. 2024, Eq. 5).
 
     Args:
-        weight: (out, in), as ``nn.Linear`` stores it.
-        outer_products: (in, in) from :func:`agop` or :func:`layer_agop`.
+        weight: (out, in) or (out, in, *kernel), as layers store it; kernels are flattened.
+        outer_products: (in, in), or (in * kernel, in * kernel), from :func:`agop` or :func:`layer_agop`.
 
     Returns:
         () float64 on the weight's device; NaN where one is 0, or with NaN or Inf.
@@ -120,12 +131,12 @@ def neural_feature_correlation(weight: Tensor, outer_products: Tensor) -> Tensor
     >>> round(neural_feature_correlation(W, 7 * W.T @ W).item(), 12)
     1.0
     """
-    if weight.dim() != 2 or outer_products.shape != (weight.shape[1], weight.shape[1]):
+    if weight.dim() < 2 or outer_products.shape != (weight[0].numel(),) * 2:
         raise InputError(
-            f"weight and outer_products need (out, in) and (in, in), got {tuple(weight.shape)} and "
-            f"{tuple(outer_products.shape)}"
+            f"weight and outer_products need (out, in, ...) and (in, in), got {tuple(weight.shape)} and "
+            f"{tuple(outer_products.shape)}; in counts the taps of a kernel too"
         )
-    vectors = weight.detach().double()
+    vectors = weight.detach().flatten(1).double()
     gram, other = vectors.T @ vectors, outer_products.detach().double()
     scales = gram.abs().max(), other.abs().max()
     gram, other = gram / scales[0], other / scales[1]  # no square over- or underflows
@@ -133,8 +144,9 @@ def neural_feature_correlation(weight: Tensor, outer_products: Tensor) -> Tensor
     return cosine.clamp(max=1)
 
 
-def _outer_products(outputs: Any, leaf: Tensor) -> Tensor:
-    n, d = leaf.shape[0], leaf.shape[-1]
+def _outer_products(outputs: Any, leaf: Tensor, dim: int = -1) -> Tensor:
+    """Products of the derivatives by the leaf, d at ``dim``, summed over outputs and positions; mean over samples."""
+    n, d = leaf.shape[0], leaf.shape[dim]
     if not isinstance(outputs, Tensor) or outputs.dim() not in (1, 2) or len(outputs) != n:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(f"the function needs to give (N, C) with N = {n}, one row per sample, got {shape}")
@@ -144,7 +156,7 @@ def _outer_products(outputs: Any, leaf: Tensor) -> Tensor:
     total = torch.zeros(d, d, dtype=torch.float64, device=leaf.device)
     for start in range(0, len(summed), AT_ONCE):
         some = torch.eye(len(summed), dtype=summed.dtype, device=summed.device)[start : start + AT_ONCE]
-        (rows,) = torch.autograd.grad(summed, leaf, some, retain_graph=True, is_grads_batched=True)
-        flat = rows.reshape(-1, d).double()
-        total.addmm_(flat.T, flat)
+        (found,) = torch.autograd.grad(summed, leaf, some, retain_graph=True, is_grads_batched=True)
+        rows = found.flatten(0, 1).movedim(dim, -1).reshape(-1, d).double()
+        total.addmm_(rows.T, rows)
     return total / n

@@ -14,8 +14,6 @@ from orthofast.errors import InputError
 from orthofast.lab import cifar_resnet
 from orthofast.lab.resnets import VARIANTS
 
-NORMALIZED = [name for name in VARIANTS if name != "only_bn_before_pool"]
-
 
 def count(model: nn.Module, kind: type[nn.Module] = nn.Module) -> int:
     own = (p for module in model.modules() if isinstance(module, kind) for p in module.parameters(recurse=False))

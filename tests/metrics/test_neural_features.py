@@ -96,6 +96,39 @@ def test_of_a_layer_inside_a_network_it_is_that_of_the_layers_behind() -> None:
     assert metrics.neural_feature_correlation(model[4].weight, last).item() == pytest.approx(1, abs=1e-14)
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(2, 3, 3, stride=2, padding=1),
+        nn.Conv2d(2, 4, (1, 2), dilation=2, bias=False),
+        nn.Conv1d(2, 3, 3, padding="same"),
+    ],
+    ids=["Conv2d", "dilated", "Conv1d"],
+)
+def test_of_a_convolution_it_is_by_its_patches(conv: nn.Module) -> None:
+    conv = conv.double()
+    size = (6, 7) if isinstance(conv, nn.Conv2d) else (8,)
+    images = torch.randn(4, 2, *size, dtype=torch.float64)
+    shape = conv(images).shape[2:]
+    head = nn.Linear(conv.out_channels * math.prod(shape), 3).double()
+    model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), head)
+    if isinstance(conv, nn.Conv2d):
+        patches = nn.functional.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+    else:
+        patches = nn.functional.unfold(images[:, :, None], (1, 3), padding=(0, 1))
+
+    def behind(rows: Tensor) -> Tensor:  # (N, positions, in * kernel)
+        out = rows @ conv.weight.flatten(1).T + (0 if conv.bias is None else conv.bias)
+        return head(torch.tanh(out.mT.unflatten(2, shape)).flatten(1))
+
+    torch.testing.assert_close(behind(patches.mT), model(images), rtol=1e-10, atol=1e-12)
+    found = metrics.layer_agop(model, conv, images)
+    torch.testing.assert_close(found, metrics.agop(behind, patches.mT), rtol=1e-10, atol=1e-12)
+    flat = metrics.neural_feature_correlation(conv.weight.flatten(1), found)
+    assert torch.equal(metrics.neural_feature_correlation(conv.weight, found), flat)
+    assert not conv._forward_hooks
+
+
 def test_the_correlation_is_a_cosine_whatever_the_scale() -> None:
     W, other = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     products = other.T @ other
@@ -130,7 +163,7 @@ class Twice(nn.Module):
         (lambda: metrics.agop(lambda x: torch.ones(2, 1), torch.ones(2, 3)), "depend"),
         (lambda: metrics.layer_agop(nn.Sequential(nn.Linear(3, 2)), "first", torch.ones(2, 3)), "named_modules"),
         (lambda: metrics.layer_agop(Twice(), "layer", torch.ones(2, 3)), "2 times"),
-        (lambda: metrics.layer_agop(nn.Sequential(nn.Conv2d(1, 1, 1)), "0", torch.ones(1, 1, 2, 2)), "Conv2d"),
+        (lambda: metrics.layer_agop(nn.Conv2d(2, 2, 1, groups=2), "", torch.ones(1, 2, 2, 2)), "2 groups"),
         (lambda: metrics.neural_feature_correlation(torch.ones(3, 2), torch.ones(3, 3)), "weight and outer_products"),
     ],
 )
