@@ -95,6 +95,18 @@ def test_a_folder_without_a_checkpoint_is_refused_by_name(names: list[str], word
         choose(names, "folder")
 
 
+def test_folders_inside_that_hold_weights_are_named(tmp_path: Path) -> None:
+    """Pipelines of diffusers and named adapters of PEFT lie in folders of their own."""
+    for name in ("unet", "vae", "tokenizer"):
+        (tmp_path / name).mkdir()
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.save({"w": torch.ones(2, 2)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    (tmp_path / "tokenizer" / "vocab.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="weights lie in its folders unet, vae: name one of them"):
+        open_checkpoint(tmp_path)
+    assert len(open_checkpoint(tmp_path / "vae").extents) == 1
+
+
 def test_copies_in_the_folder_are_noted(tmp_path: Path) -> None:
     tensors = {"w": torch.ones(2, 2)}
     save_file(tensors, tmp_path / "model.safetensors")

@@ -71,9 +71,8 @@ def test_plain_tensors_are_read_bit_for_bit(tmp_path: Path) -> None:
 
 def test_the_table_of_types_is_that_of_gguf() -> None:
     theirs = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
-    assert {
-        number: (name.removeprefix("GGUF_"), block, size) for number, (name, block, size) in TYPES.items()
-    } == theirs
+    ours = {number: (name.removeprefix("GGUF_"), block, size) for number, (name, block, size) in TYPES.items()}
+    assert theirs.items() <= ours.items()  # older packages know fewer
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16"])

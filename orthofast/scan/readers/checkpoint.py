@@ -35,6 +35,7 @@ from orthofast.scan.readers.safetensors_file import read_index
 from orthofast.scan.readers.state_dicts import model_tensors
 from orthofast.scan.readers.torch_file import Stored, is_torch_zip, place, read_torch_file
 
+MAX_LOOKED_INTO = 100  # folders inside a folder without weights
 CONFIG_LIMIT_BYTES = 10_000_000
 ADAPTER = "adapter_config"  # key of Catalog.config that marks an adapter
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -90,7 +91,13 @@ def open_checkpoint(
 
 def _add_folder(catalog: Catalog, folder: Path) -> None:
     names = _listing(folder)
-    choice = choose(names, folder.name or str(folder))
+    try:
+        choice = choose(names, folder.name or str(folder))
+    except CheckpointError as error:
+        inner = [name for name in _listing(folder, folders=True)[:MAX_LOOKED_INTO] if _holds_weights(folder / name)]
+        if not inner:
+            raise
+        raise CheckpointError(f"{error}; weights lie in its folders {listed(inner)}: name one of them") from None
     catalog.notes += choice.notes
     files = [folder / name for name in choice.names]
     if choice.kind == "index":
@@ -114,11 +121,18 @@ def _add_folder(catalog: Catalog, folder: Path) -> None:
         catalog.notes.append(f"also in the folder and not read: {listed(copies)}")
 
 
-def _listing(folder: Path) -> list[str]:
+def _listing(folder: Path, folders: bool = False) -> list[str]:
     try:
-        return sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() is folders)
     except OSError as error:
         raise CheckpointError(f"{folder.name or folder} cannot be listed: {error.strerror}") from None
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        return any(name.endswith((*WEIGHTS, DCP)) for name in _listing(folder))
+    except CheckpointError:
+        return False
 
 
 def _add_path(catalog: Catalog, file: Path) -> None:
