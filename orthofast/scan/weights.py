@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 
 from orthofast.scan.catalog import INTEGERS, TORCH_DTYPES, Catalog, Extent
 from orthofast.scan.decoders.contract import PLAIN, Stored, Weight, Weights
@@ -50,17 +51,8 @@ def join_weights(catalog: Catalog) -> Weights:
     Args:
         catalog: from ``open_checkpoint``; companions may lie in any of its files.
     """
-    stored = Stored(catalog)
-    method = method_of(catalog.quantization)
-    join_gguf(stored)
-    if method in METHODS:
-        METHODS[method](stored, catalog.quantization)
-    elif method:
-        _skip_unsupported(stored, method)
-    else:
-        _bitsandbytes(stored, {})
-        join_mxfp4(stored, certain=False)
-        join_unmistakable(stored)
+    with closing(Stored(catalog)) as stored:
+        _join(stored, method_of(catalog.quantization), catalog.quantization)
     for name, extent in list(stored.left.items()):
         reason = _undecodable(extent)
         if reason:
@@ -68,6 +60,18 @@ def join_weights(catalog: Catalog) -> Weights:
         else:
             stored.weights.found.append(Weight(name, extent.shape, PLAIN, {"weight": extent}))
     return stored.weights
+
+
+def _join(stored: Stored, method: str | None, quantization: Quantization) -> None:
+    join_gguf(stored)
+    if method in METHODS:
+        METHODS[method](stored, quantization)
+    elif method:
+        _skip_unsupported(stored, method)
+    else:
+        _bitsandbytes(stored, {})
+        join_mxfp4(stored, certain=False)
+        join_unmistakable(stored)
 
 
 def method_of(quantization: Quantization) -> str | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthofast.scan import decoders
-from orthofast.scan.decoders import decode, decoded_bytes, decoded_dtype
+from orthofast.scan.decoders import block_scaled, decode, decoded_bytes, decoded_dtype
 from tests.scan.quantised import GOLDEN, Golden, catalog_of, found, golden, parts_of
 
 # where a package rounds more than once: NVFP4 in bfloat16, three times; int8 by a float32 reciprocal of 127
@@ -44,3 +45,18 @@ def test_a_range_of_the_first_axis_is_decoded_alone_and_from_bytes(name: str, mo
         assert torch.equal(decode(weight, octets, slice(first, last)), values[first:last])
     monkeypatch.setattr(decoders, "CPU_VALUES", 2 * values[0].numel())  # two rows at a time
     assert torch.equal(decode(weight, octets), values)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_decoding_stays_on_the_device_of_the_parts(name: str) -> None:
+    """Without values and on a device that is not the processor: every operation checks that devices agree."""
+    case = golden(name)
+    weight = weight_of(case)
+    stored = parts_of(weight, case.stored)
+    with FakeTensorMode():
+        parts = {role: torch.empty(part.shape, dtype=part.dtype, device="meta") for role, part in stored.items()}
+        values = decode(weight, parts)
+        blocks = block_scaled(weight, parts)
+    assert values.device.type == "meta"
+    assert tuple(values.shape) == weight.shape
+    assert blocks is None or blocks.device.type == "meta"

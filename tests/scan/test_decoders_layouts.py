@@ -353,6 +353,7 @@ def test_memory_given_is_written_into() -> None:
     assert values.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
     assert torch.equal(values, decode(weights[NAME], parts))
     assert bool(memory[values.numel() :].isnan().all())
+    assert values.T.is_contiguous()  # as stored: nothing is transposed
 
 
 def test_zero_points_of_one_byte_and_a_last_group_that_is_shorter() -> None:

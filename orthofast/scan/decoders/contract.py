@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -98,6 +100,7 @@ class Stored:
         self._modules: dict[str, list[str]] = {}
         for name in self.left:
             self._modules.setdefault(name.rpartition(".")[0], []).append(name)
+        self._opened: dict[Path, BinaryIO] = {}
         self._broken = {fault.name: fault.error for fault in catalog.faults if not fault.whole_file}
 
     def ending(self, *suffixes: str) -> Iterator[tuple[str, Extent]]:
@@ -172,13 +175,20 @@ class Stored:
         offset = extent.pieces[0].offset if extent.pieces else extent.offset
         file = extent.pieces[0].file if extent.pieces else extent.file
         try:
-            with file.open("rb", buffering=0) as handle:
-                content = os.pread(handle.fileno(), extent.nbytes, offset)
+            if file not in self._opened:
+                self._opened[file] = file.open("rb")
+            content = os.pread(self._opened[file].fileno(), extent.nbytes, offset)
         except OSError as error:
             raise CheckpointError(f"{file.name} cannot be read at {extent.name}: {error.strerror}") from None
         if len(content) != extent.nbytes:
             raise CheckpointError(f"{file.name} ends before {extent.name} does")
         return content
+
+    def close(self) -> None:
+        """Close the files that were opened for descriptions."""
+        for handle in self._opened.values():
+            handle.close()
+        self._opened.clear()
 
 
 def as_stored(part: Tensor, extent: Extent) -> Tensor:

@@ -40,7 +40,7 @@ def look_up(octets: Tensor, pair: Tensor) -> Tensor:
 def mxfp4_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
     """Parts: weight (..., out, in / 2) or (..., out, in / 32, 16) bytes, scale (..., out, in / 32) exponents."""
     device = parts["weight"].device
-    pair = pairs(torch.tensor(E2M1, dtype=torch.bfloat16, device=device), high_first=False)
+    pair = pairs(torch.tensor(E2M1, dtype=torch.bfloat16).to(device), high_first=False)
     powers = powers_of_two(device).to(torch.bfloat16)
     octets = parts["weight"].flatten(-2) if weight.settings.get("blocks") is True else parts["weight"]
 
@@ -54,7 +54,7 @@ def mxfp4_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
 def nvfp4_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
     """Parts: weight (out, in / 2) bytes, scale (out, in / 16) float8, whole (1) float32: a factor, or its inverse."""
     device = parts["weight"].device
-    pair = pairs(torch.tensor(E2M1, dtype=torch.float32, device=device), high_first=False)
+    pair = pairs(torch.tensor(E2M1).to(device), high_first=False)
     scales = factors(parts["scale"], weight.parts["scale"])
     whole = parts["whole"].to(torch.float32).reshape(())
     scales = scales / whole if weight.settings["inverse"] is True else scales * whole

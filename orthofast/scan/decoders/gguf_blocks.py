@@ -93,7 +93,7 @@ def _mxfp4(blocks: Tensor) -> Tensor:
     exponents = blocks[:, :1].to(torch.int32)
     tiny = 0x00200000 * (exponents + 1)  # 2^-128 and 2^-127 are subnormal
     half_power = torch.where(exponents < 2, tiny, (exponents - 1) << 23).view(torch.float32)
-    table = 2 * torch.tensor(E2M1, dtype=torch.float32, device=blocks.device)
+    table = 2 * torch.tensor(E2M1).to(blocks.device)
     pair = pairs(table, high_first=False)
     values = look_up(blocks[:, 1:], pair).unflatten(-1, (16, 2)).transpose(-1, -2)  # low halves, then high
     decoded: Tensor = values.flatten(-2) * half_power
