@@ -74,6 +74,8 @@ def budget_for(items: Iterable[Item], options: ScanOptions, free_bytes: int | No
     for item in items:
         size = stored_bytes(item)
         stored, working, total = max(stored, size), max(working, working_bytes(item)), total + size
+    if working:  # several small weights are decoded together
+        working = max(working, min(DEVICE_GROUP_BYTES, 3 * total))
     most = int(FREE_FRAC * free_bytes)
     allowed = options.gpu_mem or max(2 * GIB, 3 * (stored + REGION_ALIGNMENT) + working)
     ring = max(1, min(allowed, most) - working)

@@ -19,6 +19,7 @@ class ScanOptions:
 
     Attributes:
         layers: measure only these rows of the table, such as {"0", "decoder.3"}; None for all.
+        preset: "paper" for the layers and sides of Lu et al. 2024, Table 5; None for all.
         detail: also the largest cosine with its pair, and a histogram: 3 % more work at d = 4096, 15 to 30 % at 384.
         host_mem: bytes of the processor's memory that hold stored weights. On the processor a weight must exist to be
             folded: its decoded form, and what of one weight exceeds the bound, come on top.
@@ -30,6 +31,7 @@ class ScanOptions:
     """
 
     layers: Collection[str] | None = None
+    preset: str | None = None
     detail: bool = False
     host_mem: int = GIB
     gpu_mem: int | None = None

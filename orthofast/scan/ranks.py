@@ -231,7 +231,7 @@ def units_of(costs: Sequence[float], size: int) -> list[list[int]]:
         costs: of each weight, in reading order.
         size: number of ranks.
 
-    >>> units_of([1, 1, 1, 1, 500, 1], 2)
+    >>> units_of([1, 1, 1, 1, 600, 1], 2)
     [[4], [0, 1, 2, 3], [5]]
     """
     limit = sum(costs) / (64 * size)
