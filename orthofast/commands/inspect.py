@@ -10,7 +10,8 @@ import typer
 from orthofast.commands.amounts import role_names
 from orthofast.commands.exits import PARTIAL, exit_codes, say
 from orthofast.commands.scan import Checkpoint, Exclude, Include, Layers, Roles, Vectors
-from orthofast.commands.terminal import line, print_lines, size
+from orthofast.commands.terminal import line, print_lines, seconds, size
+from orthofast.scan.forecast import OFFER_PAIRS, Forecast, forecast
 from orthofast.scan.inspection import SHAPES, Inspection, inspect_plan
 from orthofast.scan.plan import Plan, layer_numbers, make_plan
 from orthofast.scan.readers.checkpoint import open_checkpoint
@@ -29,7 +30,9 @@ def inspect(
     layers: Layers = None,
     long: Annotated[bool, typer.Option("--long", help="One line per matrix.")] = False,
 ) -> None:
-    """Show roles, shapes, stored types, what no rule describes and what would be skipped; no tensor is read.
+    """Show roles, shapes, stored types, what no rule describes, what would be skipped, and what a scan would cost.
+
+    Headers are read, and a few places of the files to time their reading.
 
     Exit codes: 0 all can be read, 2 unreadable input or wrong usage, 3 some tensors cannot be read.
     """
@@ -41,10 +44,13 @@ def inspect(
         if wanted is not None:
             plan = keep_roles(plan, wanted)
         found = inspect_plan(plan)
+        cost = forecast(plan)
+        found.forecast = cost.to_dict()
         if json_:
             sys.stdout.write(found.to_json())
         else:
             _print(found, plan, long)
+            _print_cost(cost)
         for name, error in found.failed:
             say(f"orthofast: {error}" if name in error else f"orthofast: {name}: {error}")
         if found.failed:
@@ -91,6 +97,14 @@ def _print(found: Inspection, plan: Plan, long: bool) -> None:
     if found.skipped:
         rows = [[name, str(count), reason] for name, reason, count in found.skipped]
         print_lines("would be skipped", ["name", "tensors", "reason"], _some(rows, long))
+
+
+def _print_cost(cost: Forecast) -> None:
+    parts = [("reading", cost.read_s), ("decoding", cost.decode_s), ("folding", cost.fold_s)]
+    named = ", ".join(f"{name} {seconds(spent)}" for name, spent in parts if spent)
+    line(f"a scan here: about {seconds(cost.seconds)} ({named}), {size(cost.host_bytes)} of memory for weights")
+    if cost.worth_sampling:
+        line(f"an estimate by --sample {OFFER_PAIRS}: about {seconds(cost.sampled_s)}")
 
 
 def _some(rows: list[list[str]], long: bool) -> list[list[str]]:

@@ -29,8 +29,8 @@ from orthofast.scan.weights import PLAIN
 OFFER_S = 120.0  # an exact scan that takes longer is worth a sample
 OFFER_PAIRS = 1_000_000  # of each set: a relative standard error of about a thousandth
 SHAPES = 3  # that are timed, the dearest
-TRIAL_VECTORS, TRIAL_LENGTH = 768, 4096  # they are cut to these on a processor
-DEVICE_SCALE = 8  # and to so many times as many vectors on a device
+TRIAL_VECTORS, TRIAL_LENGTH = 512, 4096  # they are cut to these on a processor
+DEVICE_SCALE = 16  # and to so many times as many vectors on a device
 PLACES, PLACE_BYTES = 4, 8 << 20  # of the files that are read
 DECODE_BYTES = 64 << 20  # of a weight that is decoded for trial
 

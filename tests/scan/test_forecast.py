@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from orthofast import cli
 from orthofast.errors import InputError
 from orthofast.scan import forecast as forecasting
 from orthofast.scan.catalog import Catalog, Extent
@@ -86,3 +89,10 @@ def test_arguments_that_cannot_be_used_are_refused(model: Path) -> None:
         forecast(plan, sample=0)
     with pytest.raises(InputError, match="device"):
         forecast(plan, device="abacus")
+
+
+def test_inspect_says_what_a_scan_would_cost(model: Path) -> None:
+    runner = CliRunner()
+    document = json.loads(runner.invoke(cli.app, ["inspect", str(model), "--json"]).stdout)
+    assert document["forecast"]["flops"] == forecast(make_plan(open_checkpoint(model))).flops
+    assert "a scan here: about" in runner.invoke(cli.app, ["inspect", str(model)]).stdout
