@@ -64,7 +64,7 @@ _HOME = {
     "scan_checkpoint": "orthofast.scan",
     "use_backend": "orthofast.kernels.dispatch",
 }
-_ROOMS = ("distributed", "errors", "kernels", "metrics", "records", "scan", "training", "views")
+_ROOMS = ("distributed", "errors", "kernels", "lab", "metrics", "records", "scan", "training", "views")
 
 
 def __getattr__(name: str) -> Any:
