@@ -36,7 +36,8 @@ ROLES = (
 STAGE = re.compile(r"(layer|block)\d+")  # ResNet, PVT: layer1.0, layer1.1, ...
 NUMBERED = re.compile(r"((?:^|\.)\w*(?:layer|block)s?)_(\d+)(?=\.)")  # torchvision: encoder_layer_0
 CONVOLUTION = re.compile(r"conv|patch|stem|downsample|depthwise|dw")
-DEPTHWISE = re.compile(r"depthwise|dw_?conv|conv_?dw|conv_depth|conv1d|conv2d_dw")
+DEPTHWISE = re.compile(r"depthwise|sconv|dw_?conv|conv_?dw|conv_depth|conv1d|conv2d_dw")
+NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 TOKENS = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|token_embd)\.weight$")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts", "num_routed_experts")
 LINEAR = frozenset(("Linear_1.weight", "Linear_1.gate", "Linear_2.weight", "Query", "Atten_Output", "Router"))
@@ -103,6 +104,7 @@ class Roles:
         self._rules = load_rules()
         self._config = config = with_latent_sizes(config)
         self._names = names
+        self._patterns: set[str] = set()  # names with # for numbers, once a rule asks
         self._conv1d = self._stores_in_out(names)
         lists = {place.parents for place in map(self._place, names) if place.parents}
         self._stages_only = all(STAGE.fullmatch(parents[-1]) for parents in lists)
@@ -275,13 +277,17 @@ class Roles:
                 continue
             if rule.beside and not self._has(name, segments[-1], rule.beside):
                 continue
+            if any(self._has(name, segments[-1], other) for other in rule.lone):
+                continue
             return rule
         return None
 
     def _has(self, name: str, leaf: str, other: str) -> bool:
-        """Whether the checkpoint has a tensor of the same name but for its last word."""
+        """Whether the checkpoint has a tensor of the same name but for its last word, whatever the numbers."""
+        if not self._patterns:
+            self._patterns.update(NUMBERS.sub("#", known) for known in self._names)
         start, _, end = name.rpartition(leaf)
-        return start + other + end in self._names
+        return NUMBERS.sub("#", start) + other + end in self._patterns
 
 
 def _stack_labels(lists: Iterable[tuple[str, ...]], rules: Rules) -> dict[tuple[str, ...], str]:

@@ -38,6 +38,7 @@ class Rule:
         split: layout of the rows, a name in ``splits.LAYOUTS``; None for one matrix.
         stored: "in_out" where the matrix is stored the other way round.
         beside: another last word that must stand beside this name.
+        lone: last words none of which may stand beside this name, such as "w3|v1".
         in_layer: whether it holds inside layers alone.
         axes: for three stored axes, which are outputs and which inputs, such as "ioo".
         flat: whether experts lie behind each other on the first of two axes.
@@ -51,6 +52,7 @@ class Rule:
     split: str | None
     stored: str | None
     beside: str | None
+    lone: tuple[str, ...]
     in_layer: bool
     axes: str
     flat: bool
@@ -103,6 +105,7 @@ def _compiled(rule: Mapping[str, Any]) -> Rule:
         split=rule.get("split"),
         stored=rule.get("stored"),
         beside=rule.get("beside"),
+        lone=tuple(rule["lone"].split("|")) if "lone" in rule else (),
         in_layer=bool(rule.get("in_layer")),
         axes=rule.get("axes", ""),
         flat=bool(rule.get("flat")),

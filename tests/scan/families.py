@@ -24,7 +24,8 @@ from tests.scan.checkpoints import (
     thirds,
 )
 
-DEPTHWISE, GATE_OF_ATTENTION, MIXER = "Conv.depthwise", "Attention.gate", "Mixer"
+DEPTHWISE, MIXER = "Conv.depthwise", "Mixer"
+ATTENTION_GATE = ("gate", "Attention.gate")
 Names = dict[str, tuple[tuple[int, ...], tuple[Expected, ...] | None]]
 
 
@@ -54,7 +55,9 @@ def stacked(role: str, layer: str, count: int, in_out: bool = False) -> tuple[Ex
     return tuple(Expected(role, layer, f"[{e}]", in_out, expert=e) for e in range(count))
 
 
-def stacked_gate_up(layer: str, count: int, width: int, in_out: bool, alternating: bool = False) -> tuple[Expected, ...]:
+def stacked_gate_up(
+    layer: str, count: int, width: int, in_out: bool, alternating: bool = False
+) -> tuple[Expected, ...]:
     rows = (range(0, 2 * width, 2), range(1, 2 * width, 2)) if alternating else (range(width), range(width, 2 * width))
     return tuple(
         Expected(role, layer, f"[{e}][{label}]", in_out, rows=rows[i], expert=e)
@@ -75,13 +78,14 @@ LATENT = {"num_attention_heads": 2, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2
 
 
 def deepseek(at: str, layer: str) -> Names:
-    rows = (Expected("KV.latent", layer, "[latent]", rows=range(5)), Expected("Keys.rope", layer, "[rope]", rows=(5, 6)))
+    latent = Expected("KV.latent", layer, "[latent]", rows=range(5))
+    rope = Expected("Keys.rope", layer, "[rope]", rows=(5, 6))
     return {
         f"{at}self_attn.q_a_proj.weight": ((6, 9), one("Query.latent", layer, heads=0)),
         f"{at}self_attn.q_a_proj.weight_scale_inv": ((1, 1), SKIP),
         f"{at}self_attn.q_a_layernorm.weight": ((6,), SKIP),
         f"{at}self_attn.q_b_proj.weight": ((10, 6), one(Q, layer, heads=2)),
-        f"{at}self_attn.kv_a_proj_with_mqa.weight": ((7, 9), rows),
+        f"{at}self_attn.kv_a_proj_with_mqa.weight": ((7, 9), (latent, rope)),
         f"{at}self_attn.kv_b_proj.weight": ((14, 5), runs(layer, 2, (("key", K, 3, 2), ("value", V, 4, 2)))),
         f"{at}self_attn.o_proj.weight": ((9, 8), one(O, layer, heads=2)),
         f"{at}mlp.gate.weight": ((16, 9), one(ROUTER, layer)),
@@ -111,8 +115,7 @@ def gguf(layer: int = 0) -> Names:
 def clip(tower: str, norm: int) -> Names:
     at = f"{tower}.encoder.layers.3."
     names = {"self_attn.q_proj": Q, "self_attn.k_proj": K, "self_attn.v_proj": V, "self_attn.out_proj": O}
-    found: Names = {f"{at}{name}.weight": ((norm, norm), one(role, f"{tower}.3", heads=4)) for name, role in names.items()}
-    return found | {
+    return {f"{at}{name}.weight": ((norm, norm), one(role, f"{tower}.3", heads=4)) for name, role in names.items()} | {
         f"{at}mlp.fc1.weight": ((2 * norm, norm), one(UP, f"{tower}.3")),
         f"{at}mlp.fc2.weight": ((norm, 2 * norm), one(DOWN, f"{tower}.3")),
     }
@@ -362,7 +365,7 @@ MORE: dict[str, Family] = {
         {
             "model.layers.0.attn.gqkv_proj.weight": (
                 (48, 12),
-                runs("0", 1, (("gate", GATE_OF_ATTENTION, 12, 0), ("query", Q, 12, 3), ("key", K, 12, 3), ("value", V, 12, 3))),
+                runs("0", 1, ((*ATTENTION_GATE, 12, 0), ("query", Q, 12, 3), ("key", K, 12, 3), ("value", V, 12, 3))),
             ),
         },
     ),
@@ -388,8 +391,27 @@ MORE: dict[str, Family] = {
             "block2.1.attn.q.weight": ((12, 12), one(Q, "block2.1")),
             "block2.1.attn.kv.weight": (
                 (24, 12),
-                (Expected(K, "block2.1", "[key]", rows=range(12)), Expected(V, "block2.1", "[value]", rows=range(12, 24))),
+                (
+                    Expected(K, "block2.1", "[key]", rows=range(12)),
+                    Expected(V, "block2.1", "[value]", rows=range(12, 24)),
+                ),
             ),
+        },
+    ),
+    "molmo puts up before gate": Family(
+        {"model_type": "molmo2", "text_config": {"model_type": "molmo2_text", "num_attention_heads": 4}},
+        {
+            "model.transformer.wte.new_embedding": ((3, 16), one(EMBED)),
+            "model.transformer.blocks.0.self_attn.att_proj.weight": ((48, 16), grouped("0", 4, 4, 4)),
+            "model.transformer.blocks.0.mlp.ff_proj.weight": ((40, 16), halves("0", 20, "up")),
+        },
+    ),
+    "a w1 without a w3 is no gate": Family(
+        {},
+        {
+            "visual.resblocks.0.feed_forward.w1.weight": ((20, 12), one(UP, "0")),
+            "visual.resblocks.0.feed_forward.w2.weight": ((12, 20), one(DOWN, "0")),
+            "visual.resblocks.0.attn.in_proj.weight": ((36, 12), thirds("0", 12)),
         },
     ),
     "qwen 1": Family(
@@ -416,12 +438,12 @@ MORE: dict[str, Family] = {
         {
             "model.layers.3.self_attn.q_proj.weight": (
                 (12, 8),
-                runs("3", 2, (("query", Q, 3, 2), ("gate", GATE_OF_ATTENTION, 3, 2))),
+                runs("3", 2, (("query", Q, 3, 2), (*ATTENTION_GATE, 3, 2))),
             ),
             "model.layers.3.self_attn.o_proj.weight": ((8, 6), one(O, "3", heads=2)),
             "model.layers.0.linear_attn.in_proj_qkvz.weight": (
                 (28, 8),
-                runs("0", 2, (("query", Q, 3, 2), ("key", K, 3, 2), ("value", V, 4, 4), ("gate", GATE_OF_ATTENTION, 4, 4))),
+                runs("0", 2, (("query", Q, 3, 2), ("key", K, 3, 2), ("value", V, 4, 4), (*ATTENTION_GATE, 4, 4))),
             ),
             "model.layers.0.linear_attn.in_proj_ba.weight": ((8, 8), one(MIXER, "0")),
             "model.layers.0.linear_attn.conv1d.weight": ((20, 1, 4), one(DEPTHWISE, "0")),
