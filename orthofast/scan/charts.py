@@ -78,7 +78,8 @@ def charts_of(result: ScanResult) -> tuple[dict[str, Spec], dict[str, list[Entry
         if entries:
             specs[f"heat-{side}"] = heat_map(f"cells-{side}", layers, roles, span)
         if len(layers) > 1:
-            specs[f"curves-{side}"] = curves(f"cells-{side}", layers, roles)
+            ranges = any(entry["low"] < entry["high"] for entry in entries)
+            specs[f"curves-{side}"] = curves(f"cells-{side}", layers, roles, ranges)
         datasets[f"heads-{side}"] = head_cells(result.rows, side)
         if datasets[f"heads-{side}"]:
             specs[f"heads-{side}"] = head_map(f"heads-{side}", *orders(datasets[f"heads-{side}"]), span)
@@ -163,8 +164,8 @@ def heat_map(data: str, layers: list[str], roles: list[str], span: tuple[float, 
     return specified(drawn.properties(width="container", height=height, description=described))
 
 
-def curves(data: str, layers: list[str], roles: list[str]) -> Spec:
-    """One line per role from the first layer to the last; a band from the lowest expert to the highest."""
+def curves(data: str, layers: list[str], roles: list[str], ranges: bool) -> Spec:
+    """One line per role from the first layer to the last; with ``ranges`` a band from lowest to highest expert."""
     altair = library()
     layers = sorted(layers, key=lambda layer: (not layer.startswith("encoder."), tower(layer), layers.index(layer)))
     level = sum(map(len, layers)) <= LEVEL_CHARACTERS
@@ -226,7 +227,8 @@ def curves(data: str, layers: list[str], roles: list[str]) -> Spec:
     )
     chance = altair.Chart({"values": [{"one": 1.0}]}).mark_rule(strokeDash=[2, 3], color="#888").encode(y="one:Q")
     described = "PII over its isotropic baseline, one line per role from the first layer to the last; 1 is chance"
-    return specified(altair.layer(band, lines, chance).properties(width="container", height=260, description=described))
+    drawn = altair.layer(band, lines, chance) if ranges else altair.layer(lines, chance)
+    return specified(drawn.properties(width="container", height=260, description=described))
 
 
 def head_map(data: str, layers: list[str], roles: list[str], span: tuple[float, float]) -> Spec:
