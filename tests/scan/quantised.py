@@ -137,11 +137,12 @@ def gptq(
     version: int = 1,
     act_order: bool = False,
     seed: int = 0,
+    zeros_below: int | None = None,
 ) -> Gptq:
     number = np.random.default_rng(seed)
     groups, top = inward // group, 1 << bits
     q = number.integers(0, top, (out, inward))
-    zeros = number.integers(1 if version == 1 else 0, top, (groups, out))
+    zeros = number.integers(1 if version == 1 else 0, zeros_below or top, (groups, out))
     scales = torch.from_numpy(number.uniform(0.01, 0.02, (groups, out))).half()
     index = np.arange(inward) // group
     if act_order:

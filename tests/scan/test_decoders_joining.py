@@ -161,6 +161,7 @@ def test_an_excluded_float8_weight_needs_no_scale() -> None:
             {"qweight": words(3, 4), "B": torch.ones(3)},
             "marlin",
         ),
+        ({"quant_method": "gptq", "bits": 5}, {"qweight": words(5, 4), "scales": torch.ones(1, 4)}, "5 bits"),
         (AWQ | {"version": "gemv"}, {"qweight": words(3, 4), "scales": torch.ones(3)}, "gemv"),
         (PACKED | {"format": "marlin-24"}, {"weight_packed": words(3, 4), "meta": words(3, 4)}, "marlin-24"),
         (PACKED | {"format": "mxfp6-pack-quantized"}, {"weight_packed": torch.ones(3, 4).byte()}, "mxfp6"),

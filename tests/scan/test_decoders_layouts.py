@@ -122,12 +122,22 @@ def test_gptq(bits: int, act_order: bool, version: int) -> None:
     assert torch.equal(part, values[5:11])
 
 
-def test_gptq_of_the_first_format_wraps_its_largest_zero_point() -> None:
-    layer = gptq(MODULE, 4)
-    layer.tensors[f"{MODULE}.qzeros"].fill_(-1)  # every nibble 15: z - 1 for z = 16, which is 0
-    q = unpack_down(layer.tensors[f"{MODULE}.qweight"], 4, 64).T
-    scales = layer.tensors[f"{MODULE}.scales"].float().T.repeat_interleave(32, dim=1)
-    assert torch.equal(decoded(NAME, layer.tensors, layer.quantization), q * scales)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_of_the_first_format_has_its_zero_points_of_nothing_back(bits: int) -> None:
+    """Ones are taken off whole words, so that a zero point of 0 borrows from the next; 3 bits wrap one by one."""
+    second = gptq(MODULE, bits, version=2, zeros_below=3)
+    name = f"{MODULE}.qzeros"
+    zeros = unpack(second.tensors[name], bits, 32).numpy().astype(np.int64)
+    assert (zeros == 0).any()
+    if bits == 3:
+        first = words_of_three_bits((zeros - 1) & 7)
+    else:
+        ones = sum(1 << at for at in range(0, 32, bits))
+        words = second.tensors[name].numpy().view(np.uint32).astype(np.int64)
+        first = torch.from_numpy(((words - ones) & 0xFFFFFFFF).astype(np.uint32).view(np.int32))
+    config = {key: value for key, value in second.quantization.items() if key != "checkpoint_format"}
+    values = decoded(NAME, second.tensors | {name: first}, config)
+    np.testing.assert_array_equal(values.double().numpy(), second.values)
 
 
 def test_gptq_without_an_index_of_groups_takes_bits_from_the_configuration() -> None:

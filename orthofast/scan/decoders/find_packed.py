@@ -21,10 +21,11 @@ def join_gptq(stored: Stored, quantization: Mapping[str, object]) -> None:
 
     "gptq" holds zero points less one, "gptq_v2" as they are (GPTQModel, utils/model.py).
     """
-    form = str(quantization.get("checkpoint_format") or "gptq").lower()
-    if form not in PLUS:
+    form = str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq").lower()
+    if form not in PLUS or quantization.get("bits", 4) not in GPTQ_BITS:
         for module, _ in stored.ending(".qweight"):
-            stored.skip_module(module, f"unsupported quantisation gptq in the format {form}")
+            reason = f"unsupported quantisation gptq in the format {form} of {quantization.get('bits')} bits"
+            stored.skip_module(module, reason)
         return
     for module, packed in stored.ending(".qweight"):
 
@@ -51,7 +52,7 @@ def join_gptq(stored: Stored, quantization: Mapping[str, object]) -> None:
 
 def join_awq(stored: Stored, quantization: Mapping[str, object]) -> None:
     """Join layers as AutoAWQ stores them for its gemm kernel, 4 bits."""
-    version = str(quantization.get("version") or "gemm").lower()
+    version = str(quantization.get("version") or quantization.get("checkpoint_format") or "gemm").lower()
     bits = quantization.get("bits", quantization.get("w_bit", 4))
     if version != "gemm" or bits != 4:
         for module, _ in stored.ending(".qweight"):

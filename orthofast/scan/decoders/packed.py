@@ -23,12 +23,17 @@ GPTQ, AWQ, PACKED = "gptq", "awq", "packed"
 def gptq_rows(weight: Weight, parts: Mapping[str, Tensor]) -> Rows:
     """Parts: weight (in * bits / 32, out), zero (groups, out * bits / 32), scale (groups, out), index (in).
 
-    Format "gptq" stores z - 1, with 0 as the largest value; "gptq_v2" stores z.
+    Format "gptq_v2" stores z, "gptq" z - 1: taken off whole words, with a borrow where z is 0, and for 3 bits off
+    each value (GPTQModel, convert_gptq_v2_to_v1_format_module); it is added back the same way.
     """
     bits, plus = weight.number("bits"), weight.number("plus")
     out, inward = weight.shape
     scales = parts["scale"].to(torch.float32)  # (groups, out)
-    zeros = unpack(parts["zero"], bits, out).to(torch.int32)  # (groups, out)
+    words = parts["zero"]
+    if 32 % bits == 0:
+        words = words + plus * (0xFFFFFFFF // ((1 << bits) - 1))  # a one in every value; wraps around
+        plus = 0
+    zeros = unpack(words, bits, out).to(torch.int32)  # (groups, out)
     zeros = ((zeros + plus) & ((1 << bits) - 1)).to(torch.float32)
     index = column_groups(weight, parts, scales)
 
