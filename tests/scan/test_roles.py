@@ -11,7 +11,10 @@ import torch
 from orthofast.scan.matrices import Matrix, holds_matrices, matrices_of
 from orthofast.scan.roles import Reading, Roles
 from tests.scan.checkpoints import FAMILIES, Family, make_tensors
-from tests.scan.families import MORE
+from tests.scan.families import LANGUAGE
+from tests.scan.families_vision import VISION
+
+ALL = FAMILIES | LANGUAGE | VISION
 
 
 def is_skipped(shape: tuple[int, ...], reading: Reading) -> bool:
@@ -28,7 +31,7 @@ def read(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]) ->
     return found
 
 
-@pytest.mark.parametrize("family", (FAMILIES | MORE).values(), ids=(FAMILIES | MORE).keys())
+@pytest.mark.parametrize("family", ALL.values(), ids=ALL.keys())
 def test_names_get_their_role_layer_and_rows(family: Family) -> None:
     tensors = make_tensors(family)
     found = read({name: shape for name, (shape, _) in family.tensors.items()}, family.config)
