@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from orthofast.errors import InputError
 from orthofast.scan.decoders import decoded_bytes, decoded_dtype
 from orthofast.scan.devices import Device
 from orthofast.scan.engines import (
@@ -18,8 +17,10 @@ from orthofast.scan.engines import (
     HostStaging,
     PositionalEngine,
 )
-from orthofast.scan.options import GIB, ScanOptions
-from orthofast.scan.plan import Item
+from orthofast.scan.fastsafetensors_engine import HELD, FastsafetensorsEngine, refuse_others
+from orthofast.scan.folding import is_shortage
+from orthofast.scan.options import FASTSAFETENSORS, GIB, LEAST_BYTES, ScanOptions
+from orthofast.scan.plan import Item, Plan
 from orthofast.scan.reading import ALIGNMENT, READ_BYTES, scratch_bytes
 
 HOST_GROUP_BYTES = 64 << 20  # weights handed to the fold together
@@ -79,6 +80,8 @@ def budget_for(items: Iterable[Item], options: ScanOptions, free_bytes: int | No
     most = int(FREE_FRAC * free_bytes)
     allowed = options.gpu_mem or max(2 * GIB, 3 * (stored + REGION_ALIGNMENT) + working)
     ring = max(1, min(allowed, most) - working)
+    if options.engine == FASTSAFETENSORS:
+        return Budget(min(DEVICE_GROUP_BYTES, max(1, ring // HELD)))
     group = min(DEVICE_GROUP_BYTES, max(1, ring // (AHEAD + 1)))
     slab = max(1, min(READ_BYTES, options.host_mem // 4))
     slabs = max(2, min(SLABS, options.host_mem // slab))
@@ -100,15 +103,39 @@ def batches(items: Sequence[Item], budget: Budget) -> Iterator[list[Item]]:
         yield batch
 
 
-def open_engine(
-    budget: Budget, options: ScanOptions, memory: Mapping[str, Tensor], device: Device | None = None
-) -> Engine:
+def open_engine(plan: Plan, budget: Budget, options: ScanOptions, device: Device | None = None) -> Engine:
     """The engine that the options name, with its memory.
 
     Raises:
         MissingPackageError: if it needs a package that is not installed.
+        InputError: if it cannot read this checkpoint.
     """
+    memory = plan.catalog.memory
+    if options.engine == FASTSAFETENSORS:
+        refuse_others(plan.items, memory)
+        return FastsafetensorsEngine(device)
     if device is None:
         return PositionalEngine(HostStaging(options.host_mem, budget.group), memory=memory)
-    staging = DeviceStaging(device, budget.ring, budget.slabs, budget.slab)
+    staging = _device_staging(device, budget)
     return PositionalEngine(staging, window_bytes=budget.slab, memory=memory, device=device.device)
+
+
+def _device_staging(device: Device, budget: Budget) -> DeviceStaging:
+    """The ring and its slabs; where the device has less than it said, a smaller ring.
+
+    Raises:
+        InputError: if it has next to nothing.
+    """
+    ring = budget.ring
+    while True:
+        try:
+            return DeviceStaging(device, ring, budget.slabs, budget.slab)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+        device.relieve()
+        ring //= 2
+        if ring < LEAST_BYTES:
+            raise InputError(
+                f"the memory of {device.device} is taken: not even {LEAST_BYTES} bytes can be had for weights"
+            )

@@ -39,6 +39,9 @@ class Device(Protocol):
     def fetch(self, values: Tensor) -> tuple[Tensor, Event]:
         """Enqueue a copy to the host behind the work so far: the host's tensor, and when it may be read."""
 
+    def settle(self) -> None:
+        """Wait for the work that the calling thread has enqueued."""
+
     def relieve(self) -> None:
         """Give back cached memory after an allocation failed."""
 
@@ -91,6 +94,10 @@ class CudaDevice:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
         return host, event
+
+    def settle(self) -> None:
+        """Wait for the calling thread's stream."""
+        torch.cuda.current_stream(self.device).synchronize()
 
     def relieve(self) -> None:
         """Give the allocator's cache back."""

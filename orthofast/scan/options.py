@@ -10,7 +10,8 @@ from orthofast.errors import InputError
 
 GIB = 1 << 30
 LEAST_BYTES = 1 << 20  # of memory for reading
-ENGINES = ("positional", "fastsafetensors")
+FASTSAFETENSORS = "fastsafetensors"
+ENGINES = ("positional", FASTSAFETENSORS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ class FakeDevice:
     pinned_bytes: int = 0
     ring_bytes: int = 0
     relieved: int = 0
+    settled: int = 0
     violations: list[str] = field(default_factory=list)
     most_queued: int = 0
 
@@ -89,6 +90,9 @@ class FakeDevice:
             event = FakeEvent(self, 0, host, values)
             self._reading = [(a, b, event if known is None else known) for a, b, known in self._reading]
             return host, event
+
+    def settle(self) -> None:
+        self.settled += 1
 
     def relieve(self) -> None:
         self.relieved += 1

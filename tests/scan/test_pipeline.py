@@ -407,6 +407,27 @@ def test_a_weight_larger_than_the_device_is_a_row_with_its_error(model: Path, mo
     assert device.ring_bytes <= 16_000
 
 
+def test_a_device_with_less_than_it_said_gets_a_smaller_ring(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scan_checkpoint(model)
+
+    class Taken(FakeDevice):
+        most = 90_000
+
+        def memory(self, nbytes: int) -> torch.Tensor:
+            shortage([torch.empty(0)] * nbytes, self.most)
+            return super().memory(nbytes)
+
+    monkeypatch.setattr(budgets, "LEAST_BYTES", 50_000)
+    device = Taken()
+    monkeypatch.setattr(provenance, "open_device", lambda _: device)
+    assert numbers(scan_checkpoint(model)) == numbers(whole)
+    assert device.relieved
+    assert 45_000 <= device.ring_bytes <= 90_000
+    device.most = 10_000
+    with pytest.raises(InputError, match="the memory of cpu is taken: not even 50000 bytes"):
+        scan_checkpoint(model)
+
+
 def test_a_device_that_is_not_there_is_one_sentence(model: Path) -> None:
     for device, words in (("cuda:99", "torch finds"), ("abacus", "'cpu', 'cuda'"), ("meta", "needs 'cpu' or 'cuda'")):
         with pytest.raises(InputError, match=words):
