@@ -192,6 +192,8 @@ def test_without_a_configuration_nothing_is_guessed() -> None:
         "b.weight": float8(200, 130),
         "b.weight_scale": torch.rand(200, 1),
         "c.weight": float8(4, 4),
+        "f.weight": float8(4, 4),
+        "f.scale_weight": torch.tensor(2.0),
         "d_blocks": torch.ones(2, 4, 3, 16).byte(),
         "e.weight": torch.ones(4, 4).char(),
         "e.weight_scale": torch.rand(4, 1),
@@ -199,7 +201,7 @@ def test_without_a_configuration_nothing_is_guessed() -> None:
     catalog = catalog_of(tensors)
     weights, every = found(catalog)
     codings = {name: weight.coding for name, weight in weights.items()}
-    assert codings["a.weight"] == "scaled"
+    assert codings["a.weight"] == codings["f.weight"] == "scaled"
     assert codings["c.weight"] == PLAIN
     assert {"b.weight", "d_blocks", "e.weight", f"{MODULE}.qweight"} <= set(dict(every.skipped))
     assert "[200, 1]" in dict(every.skipped)["b.weight"]

@@ -66,14 +66,30 @@ def test_every_float8_of_a_processor_is_what_torch_makes_of_it(dtype: str, monke
 
 
 @pytest.mark.parametrize(
-    "scale", ["one", "one of no axes", "rows", "rows by one", "experts", "expert rows", "expert blocks"]
+    "scale",
+    [
+        "one",
+        "one of no axes",
+        "rows",
+        "rows by one",
+        "columns",
+        "experts",
+        "expert rows",
+        "expert columns",
+        "expert blocks",
+    ],
 )
 def test_what_a_float8_scale_belongs_to_is_told_by_its_shape(scale: str) -> None:
     random = torch.Generator().manual_seed(1)
     shape = (3, 130, 140) if scale.startswith("expert") else (130, 140)
     data = torch.randn(shape, generator=random).to(torch.float8_e4m3fn)
     sizes = {"one": (1,), "one of no axes": (), "rows": (130,), "rows by one": (130, 1), "experts": (3, 1, 1)}
-    sizes |= {"expert rows": (3, 130, 1), "expert blocks": (3, 2, 2)}
+    sizes |= {
+        "expert rows": (3, 130, 1),
+        "expert blocks": (3, 2, 2),
+        "expert columns": (3, 1, 140),
+        "columns": (1, 140),
+    }
     factors = torch.rand(sizes[scale], generator=random) + 0.5
     name = "model.layers.0.mlp.experts.down_proj" if scale.startswith("expert") else NAME
     values = decoded(name, {name: data, f"{name}_scale": factors}, {"quant_method": "fp8"})
@@ -86,6 +102,8 @@ def test_what_a_float8_scale_belongs_to_is_told_by_its_shape(scale: str) -> None
             "one of no axes": (),
             "rows": (i,),
             "rows by one": (i, 0),
+            "columns": (0, j),
+            "expert columns": (*expert, 0, j),
             "experts": (*expert, 0, 0),
             "expert rows": (*expert, i, 0),
             "expert blocks": (*expert, i // 128, j // 128),

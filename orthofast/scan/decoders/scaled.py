@@ -34,6 +34,7 @@ CODING = "scaled"
 DEFAULT_BLOCK = (128, 128)
 SCALES = FLOATS | {"F8_E8M0", "U8"}
 SCALE_NAMES = ("_scale_inv", "_scale")
+WHOLE_NAMES = (".scale_weight", ".qscale_weight")  # beside "X.weight": diffusion models, Mistral's own files
 EIGHT_BITS = FLOAT8 | {"I8"}
 MANY = 1 << 20  # values from which a table of 65536 is worth its making
 
@@ -118,8 +119,9 @@ def join_unmistakable(stored: Stored) -> None:
     One factor, or one per block of 128 x 128, beside a float8 matrix of the same name.
     """
     taken = 0
-    for suffix in SCALE_NAMES:
-        for name, scale in stored.ending(suffix):
+    for suffix in (*SCALE_NAMES, *WHOLE_NAMES):
+        for start, scale in stored.ending(suffix):
+            name = f"{start}.weight" if suffix in WHOLE_NAMES else start
             extent = stored.left.get(name)
             if extent is None or extent.dtype not in FLOAT8 or len(extent.shape) < 2:
                 continue
@@ -148,10 +150,12 @@ def join_one(
         block: what one factor scales, where the configuration says so.
         zero: name of its zero points, None for none.
     """
+    names = [name + suffix for suffix in SCALE_NAMES]
+    whole = [name.removesuffix(".weight") + suffix for suffix in WHOLE_NAMES]
     activations = [name.removesuffix("weight") + "input_scale", name + "_shape"]
 
     def make() -> Weight:
-        scale = stored.need(*(name + suffix for suffix in SCALE_NAMES))
+        scale = stored.first(*names, *whole) or stored.need(*names)
         grid, sides = _layout(scale, extent.shape, block)
         if scale.dtype not in SCALES:
             expect(scale, scale.shape, SCALES)
@@ -163,7 +167,7 @@ def join_one(
             parts["zero"] = zeros
         return Weight(name, extent.shape, CODING, parts, {"block": sides, "grid": grid})
 
-    own = [name, *(name + suffix for suffix in SCALE_NAMES), *activations, *([zero] if zero else [])]
+    own = [name, *names, *whole, *activations, *([zero] if zero else [])]
     stored.join(name, extent.shape, own, make)
 
 
@@ -200,13 +204,15 @@ def _layout(
         return (*stack, 1, 1), (out, inward)
     if scale.shape in ((*stack, out), (*stack, out, 1)):
         return (*stack, out, 1), (1, inward)
+    if scale.shape == (*stack, 1, inward):  # outputs are the columns of stacks stored as (experts, in, out)
+        return scale.shape, (out, 1)
     if block is None and scale.shape == (*stack, *_grid(shape, DEFAULT_BLOCK)):
         return scale.shape, DEFAULT_BLOCK
     block = block or DEFAULT_BLOCK
     needed = f"{[*stack, *_grid(shape, block)]} for blocks of {block[0]} x {block[1]}"
     raise CheckpointError(
         f"{scale.name} has shape {list(scale.shape)}, a matrix of shape {list(shape)} needs {needed}, "
-        f"one factor per row, or one for all"
+        f"one factor per row or column, or one for all"
     )
 
 
