@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orthofast.errors import InputError
 from orthofast.scan.decoders import decoded_bytes, decoded_dtype
@@ -103,8 +103,8 @@ def batches(items: Sequence[Item], budget: Budget) -> Iterator[list[Item]]:
         yield batch
 
 
-def open_engine(plan: Plan, budget: Budget, options: ScanOptions, device: Device | None = None) -> Engine:
-    """The engine that the options name, with its memory.
+def open_engine(plan: Plan, budget: Budget, options: ScanOptions, device: Device | None = None) -> tuple[Engine, Budget]:
+    """The engine that the options name, with its memory, and the budget as the device could grant it.
 
     Raises:
         MissingPackageError: if it needs a package that is not installed.
@@ -113,28 +113,28 @@ def open_engine(plan: Plan, budget: Budget, options: ScanOptions, device: Device
     memory = plan.catalog.memory
     if options.engine == FASTSAFETENSORS:
         refuse_others(plan.items, memory)
-        return FastsafetensorsEngine(device)
+        return FastsafetensorsEngine(device), budget
     if device is None:
-        return PositionalEngine(HostStaging(options.host_mem, budget.group), memory=memory)
-    staging = _device_staging(device, budget)
-    return PositionalEngine(staging, window_bytes=budget.slab, memory=memory, device=device.device)
+        return PositionalEngine(HostStaging(options.host_mem, budget.group), memory=memory), budget
+    staging, budget = _device_staging(device, budget)
+    return PositionalEngine(staging, window_bytes=budget.slab, memory=memory, device=device.device), budget
 
 
-def _device_staging(device: Device, budget: Budget) -> DeviceStaging:
+def _device_staging(device: Device, budget: Budget) -> tuple[DeviceStaging, Budget]:
     """The ring and its slabs; where the device has less than it said, a smaller ring.
 
     Raises:
         InputError: if it has next to nothing.
     """
-    ring = budget.ring
     while True:
         try:
-            return DeviceStaging(device, ring, budget.slabs, budget.slab)
+            return DeviceStaging(device, budget.ring, budget.slabs, budget.slab), budget
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
         device.relieve()
-        ring //= 2
+        ring = budget.ring // 2
+        budget = replace(budget, ring=ring, group=min(budget.group, max(1, ring // (AHEAD + 1))))
         if ring < LEAST_BYTES:
             raise InputError(
                 f"the memory of {device.device} is taken: not even {LEAST_BYTES} bytes can be had for weights"

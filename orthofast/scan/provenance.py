@@ -173,7 +173,7 @@ def _run(
     with nullcontext() if device is None else device.scope():
         free = None if device is None else device.free_bytes()
         budget = budget_for(plan.items, options, free)
-        engine = open_engine(plan, budget, options, device)
+        engine, budget = open_engine(plan, budget, options, device)
         folder = Folder(settings, device)
         began = time.perf_counter()
         try:
