@@ -28,11 +28,15 @@ def inspect(
     exclude: Exclude = None,
     roles: Roles = None,
     layers: Layers = None,
+    cost: Annotated[
+        bool,
+        typer.Option("--forecast/--no-forecast", help="Try reads and folds for a moment to say what a scan costs."),
+    ] = True,
     long: Annotated[bool, typer.Option("--long", help="One line per matrix.")] = False,
 ) -> None:
     """Show roles, shapes, stored types, what no rule describes, what would be skipped, and what a scan would cost.
 
-    Headers are read, and a few places of the files to time their reading.
+    Headers are read, and for the forecast a few places of the files; --no-forecast reads headers alone.
 
     Exit codes: 0 all can be read, 2 unreadable input or wrong usage, 3 some tensors cannot be read.
     """
@@ -44,13 +48,14 @@ def inspect(
         if wanted is not None:
             plan = keep_roles(plan, wanted)
         found = inspect_plan(plan)
-        cost = forecast(plan)
-        found.forecast = cost.to_dict()
+        estimate = forecast(plan) if cost else None
+        found.forecast = estimate.to_dict() if estimate is not None else {}
         if json_:
             sys.stdout.write(found.to_json())
         else:
             _print(found, plan, long)
-            _print_cost(cost)
+            if estimate is not None:
+                _print_cost(estimate)
         for name, error in found.failed:
             say(f"orthofast: {error}" if name in error else f"orthofast: {name}: {error}")
         if found.failed:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from orthofast.commands.amounts import memory_bytes, role_names
 from orthofast.commands.exits import INTERRUPTED, exit_codes, say
 from orthofast.commands.outputs import check_folder, check_targets, conclude, write
-from orthofast.commands.terminal import print_result, progress_bar
+from orthofast.commands.terminal import print_result, progress_bar, seconds
 from orthofast.errors import InputError
 from orthofast.kernels import Sample
+from orthofast.scan.forecast import OFFER_PAIRS, forecast
 from orthofast.scan.journal import discard
 from orthofast.scan.options import ScanOptions
 from orthofast.scan.plan import Plan, layer_numbers, make_plan
@@ -26,6 +27,7 @@ from orthofast.scan.result import ScanResult
 from orthofast.scan.selection import keep_roles, keep_sides
 
 JOURNAL_SUFFIX = ".journal"
+LONG_FLOPS = 1e13  # of a scan for which a forecast is made: minutes on a processor
 DRAWN = (".html", ".png", ".svg")  # forms with histograms in them
 CHECKPOINT_HELP = "A file, an index, a folder, or ORG/NAME on the Hugging Face hub."
 
@@ -117,6 +119,8 @@ def scan(
             plan = keep_roles(plan, chosen.sides)
         if wanted is not None:
             plan = keep_roles(plan, wanted)
+        if sample is None and not quiet and not _follows():
+            _offer_sample(plan, heads=heads, device=device, precision=precision, backend=backend, options=options)
         try:
             result = run(
                 plan,
@@ -173,6 +177,19 @@ def run(
             options=options,
             progress=progress,
             team=team_from_environment(),
+        )
+
+
+def _offer_sample(plan: Plan, *, device: str | None, **settings: Any) -> None:
+    """Say what an exact scan would take, where that is long and an estimate much shorter."""
+    matrices = [matrix for item in plan.items for matrix in item.matrices]
+    if sum(m.out * m.inward * (m.out + m.inward) for m in matrices) < LONG_FLOPS:
+        return
+    cost = forecast(plan, device=None if device is None else local_device(device), **settings)
+    if cost.worth_sampling:
+        say(
+            f"orthofast: an exact scan takes about {seconds(cost.seconds)} here; --sample {OFFER_PAIRS} about "
+            f"{seconds(cost.sampled_s)}, with a standard error"
         )
 
 

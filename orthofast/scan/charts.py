@@ -25,6 +25,7 @@ LEVEL_CHARACTERS = 56  # of all labels together, while they fit side by side
 DOTTED_LAYERS = 40
 PICTURE_PX = 460  # width of one chart of a picture
 PNG_SCALE = 2.0
+ROOM_FOR_LABELS = {"padding": {"left": 5, "top": 5, "bottom": 5, "right": 30}}  # the last slanted one hangs over
 LOW, CHANCE, HIGH = "#2166ac", "#f7f4ef", "#b2182b"
 RATIO_TITLE = "PII / isotropic baseline"
 
@@ -161,7 +162,7 @@ def heat_map(data: str, layers: list[str], roles: list[str], span: tuple[float, 
     else:
         height = min(1200, len(layers) * 10)
     described = "Heat map of PII over its isotropic baseline, layer by role; the tables below hold the numbers"
-    return specified(drawn.properties(width="container", height=height, description=described))
+    return specified(drawn.properties(width="container", height=height, description=described)) | ROOM_FOR_LABELS
 
 
 def curves(data: str, layers: list[str], roles: list[str], ranges: bool) -> Spec:
@@ -327,7 +328,7 @@ def _ratio_colour(span: tuple[float, float]) -> Any:
 
 def _stills(spec: Spec, kind: str, name: str, roles: list[str]) -> list[Spec]:
     """A chart for a picture: a width of its own, a title, no controls; a histogram once for every role."""
-    made = {key: value for key, value in spec.items() if key not in ("$schema", "autosize", "datasets")}
+    made = {key: value for key, value in spec.items() if key not in ("$schema", "autosize", "datasets", "padding")}
     title = SIDE_TITLES[name.removeprefix(f"{kind}-")]
     if kind != "histograms":
         return [_fixed(made, {}) | {"width": PICTURE_PX, "title": _title(title)}]

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from orthofast.scan.charts import CELL_PX, CHANCE, HIGH, LABELLED_LAYERS, LOW, Spec, library, specified
+from orthofast.scan.charts import (
+    CELL_PX,
+    CHANCE,
+    HIGH,
+    LABELLED_LAYERS,
+    LOW,
+    ROOM_FOR_LABELS,
+    Spec,
+    library,
+    specified,
+)
 from orthofast.scan.page_data import Entry, brief, orders, short
 
 if TYPE_CHECKING:
@@ -120,4 +130,4 @@ def _heat_map(data: str, layers: list[str], roles: list[str], span: float) -> Sp
     )
     height = max(3, len(layers)) * CELL_PX if len(layers) <= LABELLED_LAYERS else min(1200, len(layers) * 10)
     described = "Heat map of the relative change of PII, layer by role"
-    return specified(drawn.properties(width="container", height=height, description=described))
+    return specified(drawn.properties(width="container", height=height, description=described)) | ROOM_FOR_LABELS

@@ -118,7 +118,7 @@ def number(value: object) -> str:
 
 def percent(value: float | None) -> str:
     """A relative change for people, with its sign."""
-    return "" if value is None or value != value else f"{100 * value:+.2f} %"
+    return "" if value is None or value != value else f"{100 * value:+.2f} %" if value else "0"
 
 
 def footer_lines(table: Table5) -> list[list[str]]:

@@ -12,11 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from orthofast import cli
+from orthofast.commands import scan as commands_scan
 from orthofast.commands.amounts import memory_bytes, role_names
 from orthofast.errors import InputError
 from orthofast.scan import Row, ScanResult, report, scan_checkpoint
+from orthofast.scan.forecast import Forecast
 from orthofast.scan.journal import Journal
-from orthofast.scan.plan import Item
+from orthofast.scan.plan import Item, make_plan
+from orthofast.scan.readers.checkpoint import open_checkpoint
 from orthofast.scan.reading import Files
 from tests.scan.checkpoints import FAMILIES, make_tensors, numpy_pii, write
 
@@ -49,13 +52,14 @@ def test_inspect_reads_headers_alone(model: Path, runner: CliRunner, monkeypatch
         raise AssertionError("a tensor was read")
 
     monkeypatch.setattr(Files, "read", refused)
-    done = invoke(runner, "inspect", model)
+    done = invoke(runner, "inspect", model, "--no-forecast")
     assert done.exit_code == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["Linear_1.gate", "2", "2", "40x16", "F32"] in lines
     assert "2 layers" in done.stdout
     assert "model.layers.*.input_layernorm.weight" in done.stdout
-    document = json.loads(invoke(runner, "inspect", model, "--json").stdout)
+    document = json.loads(invoke(runner, "inspect", model, "--no-forecast", "--json").stdout)
+    assert document["forecast"] == {}
     roles = {entry["role"]: entry for entry in document["roles"]}
     assert roles["Keys"]["shapes"] == [{"shape": [8, 16], "count": 2}]
     assert (document["kind"], document["layers"], document["format"]) == ("inspection", ["0", "1"], "safetensors")
@@ -63,6 +67,23 @@ def test_inspect_reads_headers_alone(model: Path, runner: CliRunner, monkeypatch
     assert counted == len(FAMILIES["llama"].tensors)
     shapes = [shape for shape, expected in FAMILIES["llama"].tensors.values() if expected is not None]
     assert document["nbytes"] == sum(4 * out * inward for out, inward in shapes)
+
+
+def test_a_forecast_is_said_by_inspect_and_before_a_long_scan(
+    model: Path, runner: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "a scan here: about" in invoke(runner, "inspect", model).stdout
+    known = json.loads(invoke(runner, "inspect", model, "--json").stdout)["forecast"]
+    assert known["nbytes"] == make_plan(open_checkpoint(model)).nbytes
+    assert "exact scan" not in invoke(runner, "scan", model).stderr
+    long = Forecast(3600.0, 1.0, 0.0, 3600.0, 10, 1e15, 10, 0, 20.0)
+    monkeypatch.setattr(commands_scan, "LONG_FLOPS", 0.0)
+    monkeypatch.setattr(commands_scan, "forecast", lambda *_, **__: long)
+    done = invoke(runner, "scan", model)
+    assert done.stderr == (
+        "orthofast: an exact scan takes about 60 min here; --sample 1000000 about 20.0 s, with a standard error\n"
+    )
+    assert invoke(runner, "scan", model, "-q").stderr == ""
 
 
 def test_inspect_lists_matrices_and_what_cannot_be_read(model: Path, runner: CliRunner) -> None:
