@@ -37,6 +37,8 @@ STAGE = re.compile(r"(layer|block)\d+")  # ResNet, PVT: layer1.0, layer1.1, ...
 NUMBERED = re.compile(r"((?:^|\.)\w*(?:layer|block)s?)_(\d+)(?=\.)")  # torchvision: encoder_layer_0
 CONVOLUTION = re.compile(r"conv|patch|stem|downsample|depthwise|dw")
 DEPTHWISE = re.compile(r"depthwise|sconv|dw_?conv|conv_?dw|conv_depth|conv1d|conv2d_dw")
+LONGEST_NAME = 1000  # characters; foreign names hold what they like, and patterns take their time
+LONGEST_NUMBER = 9  # digits
 NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 TOKENS = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|token_embd)\.weight$")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts", "num_routed_experts")
@@ -106,7 +108,8 @@ class Roles:
         self._names = names
         self._patterns: set[str] = set()  # names with # for numbers, once a rule asks
         self._conv1d = self._stores_in_out(names)
-        lists = {place.parents for place in map(self._place, names) if place.parents}
+        places = (self._place(name) for name in names if len(name) <= LONGEST_NAME)
+        lists = {place.parents for place in places if place.parents}
         self._stages_only = all(STAGE.fullmatch(parents[-1]) for parents in lists)
         self._stacks = _stack_labels(lists, self._rules)
         tower = tower_of(config, ())
@@ -118,6 +121,8 @@ class Roles:
 
     def read(self, name: str, shape: tuple[int, ...]) -> Reading:
         """Role, layer, orientation and parts of one tensor."""
+        if len(name) > LONGEST_NAME:
+            return Reading("Other", known=False)
         place = self._place(name)
         found = self._pattern(name, place, shape)
         if found.skip is not None:
@@ -136,7 +141,7 @@ class Roles:
             segments = segments[:-1]  # a module around the projection
         number = inner = expert = -1
         for i in range(1, len(segments)):
-            if not segments[i].isdecimal():
+            if not segments[i].isdecimal() or len(segments[i]) > LONGEST_NUMBER:
                 continue
             parent = segments[i - 1]
             if number < 0:
@@ -192,7 +197,8 @@ class Roles:
             return Reading("", skip="experts on one axis, and the configuration does not tell how many")
         axes = rule.axes if len(shape) == len(rule.axes) else ""
         rows, inward = _matrix_sizes(shape, stack, axes)
-        transposed = self._transposed(rule, place, rows, inward, stack, tower)
+        two_axes = len(shape) == 2 or stack > 0
+        transposed = two_axes and self._transposed(rule, place, rows, inward, stack, tower)
         if transposed:
             rows, inward = inward, rows
         layer = int(segments[place.number]) if place.number > 0 else None
@@ -285,7 +291,7 @@ class Roles:
     def _has(self, name: str, leaf: str, other: str) -> bool:
         """Whether the checkpoint has a tensor of the same name but for its last word, whatever the numbers."""
         if not self._patterns:
-            self._patterns.update(NUMBERS.sub("#", known) for known in self._names)
+            self._patterns.update(NUMBERS.sub("#", known) for known in self._names if len(known) <= LONGEST_NAME)
         start, _, end = name.rpartition(leaf)
         return NUMBERS.sub("#", start) + other + end in self._patterns
 
