@@ -57,7 +57,7 @@ def test_make_targets_named_in_the_pages_exist() -> None:
             assert set(MAKE.findall(piece)) <= targets, f"{named(page)}: {piece}"
 
 
-@pytest.mark.parametrize("command", ["scan", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["scan", "inspect", "diff", "report", "check", "demo", "doctor"])
 def test_options_named_in_the_pages_are_in_the_help(command: str) -> None:
     shown = subprocess.run(
         [sys.executable, "-c", "from orthofast.cli import main; main()", command, "--help"],
