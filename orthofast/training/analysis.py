@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -88,23 +89,51 @@ def conditioning(
     for share in shares:
         rank_of(share, 1)
     how = factors or Factors()
-    split = is_split(model)
+    run, modules, skipped = _run(model, loader, loss, labels, layers, batches, how)
+    taps, split = run.taps, is_split(model)
+    if split or how.group is not None:
+        run.merge(how.group)
+    rows = {path: run.row(layer, shares) for path, layer in taps.layers.items()}
+    never = [Skipped(path, "was never called as a module") for path in modules if path not in rows]
+    notes = (*run.notes, *_notes(run.model, taps, split))
+    return Report(rows, labels, run.n, shares, (*skipped, *never), notes, run.last)
+
+
+def collect(
+    model: nn.Module, loader: Iterable[Any], *, loss: Loss, labels: str = "exact", factors: Factors | None = None
+) -> dict[str, LayerFactors]:
+    """The factors alone, by path, as :func:`conditioning` adds them up, of this process; no spectra.
+
+    >>> import torch
+    >>> found = collect(torch.nn.Linear(2, 2), [torch.eye(2)], loss="mse")
+    >>> found[""].x.compute()
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]], dtype=torch.float64)
+    """
+    run, _, _ = _run(model, loader, loss, labels, None, None, factors or Factors())
+    return run.taps.layers
+
+
+def _run(
+    model: nn.Module,
+    loader: Iterable[Any],
+    loss: Loss,
+    labels: str,
+    layers: Select,
+    batches: int | None,
+    how: Factors,
+) -> tuple[_Pass, dict[str, nn.Module], tuple[Skipped, ...]]:
+    """All batches through the tapped model."""
     model = unwrapped(model)
     modules, skipped = measured_modules(model, layers)
-    generator = torch.Generator("cpu").manual_seed(how.seed)
-    asked = Labels(loss, labels, how.mc_samples, generator)
+    asked = Labels(loss, labels, how.mc_samples, torch.Generator("cpu").manual_seed(how.seed))
     with _undisturbed(model, how.seed), Taps(modules, firing_modules(model).values(), how) as taps:
         run = _Pass(model, taps, asked, how)
         for batch in itertools.islice(iter(loader), batches):
             run.batch(batch)
     if not run.n:
         raise InputError("loader gives no batch; pass one that can be iterated now")
-    if split or how.group is not None:
-        run.merge(how.group)
-    rows = {path: run.row(layer, shares) for path, layer in taps.layers.items()}
-    never = [Skipped(path, "was never called as a module") for path in modules if path not in rows]
-    notes = (*run.notes, *_notes(model, taps, split))
-    return Report(rows, labels, run.n, shares, (*skipped, *never), notes, run.last)
+    return run, modules, skipped
 
 
 class _Pass:
@@ -210,14 +239,13 @@ class _Pass:
         numbers: list[Tensor] = [torch.tensor([self.n], dtype=torch.float64, device=self.device)]
         found = list(self.taps.neurons.values())
         for neurons in found:
-            seen = torch.stack([torch.tensor(float(neurons.examples), device=self.device), (~neurons.finite).float()])
-            numbers += [neurons.fired, seen.to(torch.float64)]
+            numbers += [neurons.fired, torch.tensor([neurons.examples], dtype=torch.float64, device=self.device)]
         whole = torch.cat(numbers)
         torch.distributed.all_reduce(whole, group=group)
         parts = list(whole.split([len(part) for part in numbers]))
         self.n = int(parts[0])
         for neurons, fired, seen in zip(found, parts[1::2], parts[2::2], strict=True):
-            neurons.fired, neurons.examples, neurons.finite = fired, int(seen[0]), seen[1] == 0
+            neurons.fired, neurons.examples = fired, int(seen)
         for gradient in self.gradients.values():
             torch.distributed.all_reduce(gradient, group=group)
             gradient.div_(torch.distributed.get_world_size(group))
@@ -231,9 +259,12 @@ class _Pass:
         row.calls = self.calls.get(layer.name, 0)
         gradient = self.gradients.get(layer.name)
         if gradient is not None:
-            row.weight_domination = float(weight_domination(layer.module.weight, gradient))  # type: ignore[arg-type]
+            with still(layer.module):
+                row.weight_domination = float(weight_domination(layer.module.weight, gradient))  # type: ignore[arg-type]
         neurons = self.taps.neurons.get(layer.name)
-        if neurons is not None and bool(neurons.finite):
+        if (
+            neurons is not None and row.error == "" and not math.isnan(row.lambda_max_g)
+        ):  # NaN outputs give NaN gradients
             row.dead = int((neurons.fired == 0).sum())
             row.full = int((neurons.fired == neurons.examples).sum())
         return row

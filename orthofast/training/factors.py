@@ -101,12 +101,15 @@ def kind_of(module: nn.Module) -> str:
 
 def sides_of(module: nn.Module, how: Factors) -> tuple[int, int]:
     """(d_in, d_out) of one weight matrix; of a grouped convolution that of one group."""
-    weight: Any = module.weight
-    if isinstance(module, CONVOLUTIONS):
-        patch = weight[0].numel() if how.conv == "patches" else weight.shape[1]
+    if isinstance(module, CONVOLUTIONS):  # not from the weight: reading a parametrised one may change it
+        channels = module.in_channels // module.groups
+        patch = channels * math.prod(module.kernel_size) if how.conv == "patches" else channels
         return patch, module.out_channels // module.groups
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    weight: Any = module.weight
     return int(weight.shape[0]), int(weight.shape[1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,16 @@ from orthofast.metrics.coherence import (
 )
 from orthofast.metrics.drift import conformal_drift
 from orthofast.metrics.gram import diagonal_dominance_from
+from orthofast.metrics.kronecker import kronecker_condition_number
+from orthofast.metrics.spectra import condition_number, lambda_max
 from orthofast.records import GramStats
+from orthofast.training.covariance import SecondMoment
+from orthofast.training.factors import LayerFactors
 from orthofast.training.layers import Layer
 
 WEIGHTS, GRADIENTS, ACTIVATIONS, CHANGES = "weights", "gradients", "activations", "changes"
+STATISTICS, COVARIANCES = "statistics", "covariances"
+SELDOM = 5  # due steps between covariances, where nothing else is asked
 Failed: TypeAlias = "Callable[[Layer, Exception], None]"
 
 
@@ -33,10 +40,13 @@ class Measure:
 
     Attributes:
         name: in keys, ``orthofast/<name>/...``.
-        source: what it is measured of: "weights", "gradients", "activations", or "changes" of weights since the start.
+        source: what it is measured of: "weights", "gradients", "activations", "changes" of weights since the start,
+            running "statistics", or "covariances" of inputs and output gradients.
         want: fields the record must hold, for metrics on records of weights.
         normalize: whether that record is of cosines or of raw dot products.
         low_is_worse: which extreme is reported.
+        every: due steps from one measurement to the next.
+        p: share of eigenvalues a kappa is of.
     """
 
     name: str
@@ -44,6 +54,8 @@ class Measure:
     want: str = ""
     normalize: bool = True
     low_is_worse: bool = False
+    every: int = 1
+    p: float | None = None
 
 
 MEASURES: dict[str, Measure] = {
@@ -59,6 +71,18 @@ MEASURES: dict[str, Measure] = {
         Measure("orthogonality_gap", ACTIVATIONS),
         Measure("dying_frac", ACTIVATIONS),
         Measure("full_frac", ACTIVATIONS),
+        Measure("bn_rate", STATISTICS),
+        *(
+            Measure(name, COVARIANCES, side, every=SELDOM)
+            for side in "xgF"
+            for name in (f"lambda_max_{side}", *([] if side == "g" else [f"last_lambda_max_{side}"]))
+        ),
+        *(
+            Measure(f"kappa_{side}_{100 * p:g}", COVARIANCES, side, every=SELDOM, p=p)
+            for side in "xgF"
+            for p in (0.5, 0.8)
+        ),
+        Measure("last_weight_norm", COVARIANCES, "w", every=SELDOM),
     )
 }
 DEFAULT = ("pii", "pii_ratio", "max_coherence")
@@ -143,6 +167,65 @@ def of_changes(
         return []
     device = values[0].device
     return [Part("conformal_drift", tuple(names), torch.stack([value.to(device) for value in values]))]
+
+
+def of_statistics(model: nn.Module, device: torch.device) -> list[Part]:
+    """bn_rate: alpha of Annamalai et al. 2022 from running variances, the mean over a batch norm's neurons."""
+    found = {
+        path: module.running_var.to(torch.float64).sqrt().mean().to(device)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None
+    }
+    return [Part("bn_rate", tuple(found), torch.stack(list(found.values())))] if found else []
+
+
+def norm_of(layer: LayerFactors) -> float:
+    """Frobenius norm of a layer's weight."""
+    weight: Any = layer.module.weight
+    norm: Any = torch.linalg.vector_norm(_whole(weight.detach()), dtype=torch.float64)
+    return float(norm)
+
+
+def of_covariances(measures: Sequence[Measure], layers: dict[str, LayerFactors]) -> dict[str, dict[str, float]]:
+    """Metric -> path -> value, for a thread of its own: whole spectra where a kappa asks for them, else the largest.
+
+    Args:
+        measures: of this source.
+        layers: what was added up, by path, the layer that gives the outputs last.
+    """
+    found: dict[str, dict[str, float]] = {measure.name: {} for measure in measures}
+    last = list(layers)[-1] if layers else None
+    for path, layer in layers.items():
+        asked = [m for m in measures if m.want != "w" and (path == last or not m.name.startswith("last_"))]
+        kappas = {side for measure in asked if measure.p is not None for side in _sides(measure.want)}
+        spectra = {
+            side: moment.spectrum() if side in kappas else _largest(moment)
+            for side, moment in (("x", layer.x), ("g", layer.g))
+            if moment.n and any(side in _sides(measure.want) for measure in asked)
+        }
+        for measure in asked:
+            if set(_sides(measure.want)) <= set(spectra):
+                found[measure.name][path] = _of_spectra(measure, layer, spectra)
+    return {name: values for name, values in found.items() if values}
+
+
+def _sides(want: str) -> str:
+    return "xg" if want == "F" else want
+
+
+def _largest(moment: SecondMoment) -> Tensor:
+    matrix = moment.compute()
+    return matrix.max()[None] if matrix.dim() == 1 else lambda_max(matrix)[None]
+
+
+def _of_spectra(measure: Measure, layer: LayerFactors, spectra: dict[str, Tensor]) -> float:
+    values = [spectra[side] for side in _sides(measure.want)]
+    if measure.p is None:
+        return math.prod(float(value[0]) for value in values)
+    tols = [getattr(layer, side).tol for side in _sides(measure.want)]
+    if len(values) == 2:
+        return float(kronecker_condition_number(values[0], values[1], measure.p, tol=max(tols)).value)
+    return float(condition_number(values[0], measure.p, tol=tols[0]).value)
 
 
 def _whole(x: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from orthofast.errors import InputError
 from orthofast.training.capture import CURE
 from orthofast.training.layers import Select, Skipped
-from orthofast.training.measures import DEFAULT, MEASURES, Part, still
-from orthofast.training.probe import Probe
+from orthofast.training.measures import COVARIANCES, DEFAULT, MEASURES, Part, norm_of, of_covariances, still
+from orthofast.training.probe import Probe, checked
 from orthofast.training.rows import PREFIX, Row, add_metric
 from orthofast.training.schedule import Mark, Schedule, mark
 from orthofast.training.sinks import Log, Sinks, report
+from orthofast.training.worker import Done, Worker
 
 NEVER = sys.maxsize
 COUNTS = ("nonfinite", "zero")  # logged where above 0
@@ -62,7 +63,17 @@ class Monitor:
     weight_domination     gradients    :func:`orthofast.metrics.domination.weight_domination`
     orthogonality_gap     activations  :func:`orthofast.orthogonality_gap` of up to 256 outputs of the layer
     dying_frac full_frac  activations  :mod:`orthofast.metrics.neurons`, of ReLU modules; without any, of all outputs
+    bn_rate               statistics   alpha of batch norm, from running variances, the mean over its neurons
+    lambda_max_x, _g, _F  covariances  largest eigenvalue of the inputs', the output gradients' covariance, and both's
+    kappa_x_50, _80, ...  covariances  their condition number kappa_p, p = 50 % or 80 %; also kappa_g_, kappa_F_
+    last_lambda_max_x     covariances  of the layer that gives the outputs alone; also last_lambda_max_F, the second
+                                       moment of its weight's gradient, and last_weight_norm
     ====================  ===========  ============================================================================
+
+    Covariances are those of one batch, with the training's own labels and its loss taken as a mean over the batch, see
+    :class:`orthofast.training.CovarianceTracker`. They are measured on every fifth due step unless ``metrics`` says
+    otherwise, and less often where they would exceed the budget. Spectra are computed in a thread; they join the first
+    row after they are done, and ``orthofast/covariance_step`` says which step they are of.
 
     Keys are ``orthofast/<metric>/mean``, ``/max`` (``/min`` for weight_domination), ``/argmax`` (the layer), and
     ``orthofast/<metric>/<module.path>`` for the ``worst_k`` worst layers. Where there are any,
@@ -73,7 +84,7 @@ class Monitor:
     Args:
         model: whose layers are measured; read anew on every due step.
         every_n_steps: optimizer steps between measurements.
-        metrics: names of the table above.
+        metrics: names of the table above, or name -> steps between its measurements, multiples of ``every_n_steps``.
         layers: which layers, as in :func:`orthofast.training.find_layers`; None for all.
         log: where rows go: a ``callable(values, step=step)``, a sink of :mod:`orthofast.training.sinks`, or a list of
             these. None prints a line a row to stderr; [] keeps :attr:`latest` only. Of several processes, rank 0 logs.
@@ -105,7 +116,7 @@ class Monitor:
         model: nn.Module,
         *,
         every_n_steps: int = 100,
-        metrics: Sequence[str] = DEFAULT,
+        metrics: Sequence[str] | Mapping[str, int] = DEFAULT,
         layers: Select = None,
         log: Log = None,
         worst_k: int | None = 5,
@@ -122,7 +133,7 @@ class Monitor:
         self._said: set[str] = set()
         model = getattr(model, "_orig_mod", model)
         with torch.no_grad(), still(model):
-            self._probe = Probe(model, metrics, layers, self._say)
+            self._probe = Probe(model, checked(metrics, every_n_steps), layers, self._say)
         self._count = 0
         self._next = 1  # step on which something happens
         self._gradients: list[Part] = []
@@ -132,6 +143,10 @@ class Monitor:
         self._since_step = 0
         self._side_s = 0.0  # own time outside of begin to end: gradients, sinks
         self._wanted = every_n_steps
+        self._worker = Worker()
+        self._heavy_s = 0.0  # what the last covariances cost, hooks and spectra
+        self._dropped = 0
+        self._ready: list[Done] = []
         self._arm_before(self._schedule.due)
 
     @property
@@ -164,12 +179,21 @@ class Monitor:
     def flush(self) -> None:
         """Wait for numbers still on their way and hand them to the sinks."""
         self._deliver()
+        self._worker.drain()
+        row = Row(self._count)
+        self._add_spectra(row, flushed=True)
+        if row.values and _writes():
+            self.latest |= row.values
+            self._sinks.write(row)
 
     def close(self) -> None:
         """Flush, remove all hooks, close the sinks. Further steps do nothing."""
         self.flush()
         if self._probe.capture is not None:
             self._probe.capture.close()
+        if self._probe.tracker is not None:
+            self._probe.tracker.close()
+        self._worker.close()
         self._sinks.close()
         self._next = NEVER
 
@@ -218,7 +242,7 @@ class Monitor:
             self._measure(count)
         due = self._schedule.due
         self._arm_before(due)
-        soon = due if self._probe.capture is None or self._probe.capture.armed else due - 1
+        soon = due - 1 if self._probe.must_arm else due
         self._next = max(count + 1, min(soon, count + 1 if self._pending is not None else soon))
 
     def _begin(self, count: int) -> None:
@@ -232,17 +256,20 @@ class Monitor:
                 self._say(CURE)
             if not watch.armed:
                 watch.settle()
+        if self._probe.tracker is not None and not self._probe.tracker.armed:
+            self._probe.tracker.rest()
 
     def _arm_before(self, due: int) -> None:
-        watch = self._probe.capture
-        if watch is not None and not watch.armed and self._count >= due - 1:
-            watch.arm()
+        if self._count >= due - 1:
+            self._probe.arm(covariances=_writes())
 
     def _measure(self, count: int) -> None:
         probe, errors = self._probe, dict[str, str]()
         begin = mark(probe.device)
         hooks_s = 0.0 if probe.capture is None else probe.capture.own_s
         parts = probe.measure(self._gradients if self._observed == count else None, errors)
+        hooks_s += self._send_covariances(count)
+        probe.turn += 1
         own_s = self._side_s + hooks_s
         self._gradients, self._side_s = [], 0.0
         vectors = [part.values.to(probe.device, torch.float64, non_blocking=True) for part in parts]
@@ -256,6 +283,52 @@ class Monitor:
             started = time.perf_counter()
             self._deliver()
             self._side_s += time.perf_counter() - started
+
+    def _send_covariances(self, count: int) -> float:
+        """Hand what was added up to the thread; host seconds of the hooks, spread over the steps until the next."""
+        tracker = self._probe.tracker
+        if tracker is None or not tracker.armed:
+            return 0.0
+        own_s, tracker.own_s = tracker.own_s, 0.0
+        asked, layers = self._probe.covariances()
+        norms = {list(layers)[-1]: norm_of(list(layers.values())[-1])} if layers else {}
+        wanted = {m.name: norms for m in asked if m.want == "w" and norms}  # now, before training changes it
+        if layers and not self._worker.submit(count, lambda: of_covariances(asked, layers) | wanted):
+            self._say("spectra are dropped, as those before are not done; measure covariances less often")
+        self._heavy_s = own_s
+        return own_s
+
+    def _add_spectra(self, row: Row, flushed: bool = False) -> None:
+        """Spectra of earlier steps that are done by now; the newest of each metric stays."""
+        ready, self._ready = self._ready + self._worker.finished(), []
+        for done in ready:
+            if done.step >= row.step and not flushed:  # whether these are done by now is chance
+                self._ready.append(done)
+                continue
+            if done.error:
+                self._say(f"spectra of step {done.step} failed: {done.error}; training goes on")
+                continue
+            self._keep_budget(done)
+            for metric, values in done.value.items():
+                low = MEASURES[metric].low_is_worse
+                paths, numbers = list(values), list(values.values())
+                add_metric(row, metric, paths, numbers, low_is_worse=low, worst_k=self.worst_k)
+            row.values[f"{PREFIX}/covariance_step"] = float(done.step)
+        if self._worker.dropped > self._dropped:
+            self._dropped = self._worker.dropped
+            row.values[f"{PREFIX}/dropped_spectra"] = float(self._dropped)
+
+    def _keep_budget(self, done: Done) -> None:
+        """Covariances may take half of the budget; where they take more, their interval is stretched."""
+        self._side_s += done.own_s
+        schedule, probe = self._schedule, self._probe
+        steps = schedule.due - schedule.every_n_steps  # about how many there were
+        if schedule.overhead is None or schedule.training_s <= 0 or steps < 1:
+            return
+        a_due_s = schedule.training_s / steps * schedule.interval  # training time between due steps
+        every = min(measure.every for measure in probe.measures if measure.source == COVARIANCES)
+        allowed_s = schedule.overhead / 2 * a_due_s * every
+        probe.seldom = max(1, math.ceil((self._heavy_s + done.own_s) / allowed_s))
 
     def _interval(self) -> Tensor:
         """(1,) the interval that keeps the budget; of sharded models the longest any process wants: all must agree."""
@@ -278,6 +351,7 @@ class Monitor:
         if not _writes():
             return
         row = self._row(pending, numbers)
+        self._add_spectra(row)
         self.latest = dict(row.values)
         self._sinks.write(row)
 

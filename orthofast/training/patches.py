@@ -79,6 +79,7 @@ class PatchMoment(SecondMoment):
         step = max(1, BUFFER * 8 // self.dtype.itemsize // max(1, numbers))
         for start in range(0, len(images), step):
             self._add(images[start : start + step], tall, wide)
+        self._add_edges(images, tall, wide)
 
     def _fresh(self) -> list[Tensor]:
         rows, columns, channels = self.rows, self.columns, self.channels
@@ -91,29 +92,33 @@ class PatchMoment(SecondMoment):
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes]
 
     def _add(self, images: Tensor, tall: int, wide: int) -> None:
-        rows, columns, channels = self.rows, self.columns, self.channels
-        n, _, height, width = images.shape
+        """Products of whole images: all blocks with min(a, b) = 0."""
+        first, others = self._pending[:2]
+        n, _, _, width = images.shape
         flat, moved = self._laid_out(images, tall, wide)
-        grid = flat[:, : height * n * width].view(channels, height, n, width)
         line, numbers = n * width, tall * n * width
-        first, others, by_column, by_row = self._pending
-        for b in range(rows):
+        for b in range(self.rows):
             start = b * line
             first[b].addmm_(moved, flat[:, start : start + numbers].T)
-            for c in range(1, columns):
-                if b:  # of b = 0 the transposes are there
-                    others[b, c - 1].addmm_(moved[:channels], flat[:, start + c : start + c + numbers].T)
+            for c in range(1, self.columns if b else 1):  # of b = 0 the transposes are there
+                others[b, c - 1].addmm_(moved[: self.channels], flat[:, start + c : start + c + numbers].T)
+
+    def _add_edges(self, images: Tensor, tall: int, wide: int) -> None:
+        """What a step of both offsets adds: past the last edge, less at the first."""
+        rows, columns = self.rows, self.columns
+        by_column, by_row = self._pending[2:]
+        n, _, height, _ = images.shape
         for place, sign in ((wide, 1), (0, -1)):
             if columns > 1:
-                strip = grid[..., place : place + columns - 1].permute(3, 0, 1, 2).reshape(-1, height * n)
+                strip = images[..., place : place + columns - 1].permute(3, 1, 2, 0).to(self.dtype)
+                strip = strip.reshape(-1, height * n)
                 for b in range(rows):
                     by_column[b].addmm_(strip[:, : tall * n], strip[:, b * n : (b + tall) * n].T, alpha=sign)
         for place, sign in ((tall, 1), (0, -1)):
             if rows > 1:
-                lines = grid[:, place : place + rows - 1]  # (C, rows - 1, n, width)
-                strips = [lines[..., c : c + wide].transpose(0, 1) for c in range(columns)]
-                strip = torch.stack(strips, 1).reshape(-1, n * wide)
-                by_row.add_(_gram(strip), alpha=sign)
+                lines = images[:, :, place : place + rows - 1].permute(2, 1, 0, 3)  # (rows - 1, C, n, width)
+                strip = torch.stack([lines[..., c : c + wide] for c in range(columns)], 1).to(self.dtype)
+                by_row.add_(_gram(strip.view(-1, n * wide)), alpha=sign)
 
     def _laid_out(self, images: Tensor, tall: int, wide: int) -> tuple[Tensor, Tensor]:
         """(C, height n width + rest), and moved by each column offset (columns C, tall n width), 0 past t."""

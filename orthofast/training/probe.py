@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,20 +12,25 @@ from torch import Tensor, nn
 from orthofast.errors import InputError
 from orthofast.metrics.domination import domination_from, largest_singular_values, starting_vector
 from orthofast.training import capture as watching
+from orthofast.training.factors import LayerFactors
 from orthofast.training.layers import Layer, Select, Skipped, find_layers
 from orthofast.training.measures import (
     ACTIVATIONS,
     CHANGES,
+    COVARIANCES,
     GRADIENTS,
     MEASURES,
+    STATISTICS,
     WEIGHTS,
     Measure,
     Part,
     of_changes,
+    of_statistics,
     of_weights,
     vectors_of,
 )
 from orthofast.training.rows import path_of
+from orthofast.training.tracker import LATE, CovarianceTracker
 
 RESTART = 0.05  # share of fixed noise in a warm start: no direction is lost for good
 NO_GRADIENT = (
@@ -33,11 +39,15 @@ NO_GRADIENT = (
 )
 
 
-def checked(metrics: Sequence[str]) -> list[Measure]:
-    """The rows of the table, by name.
+def checked(metrics: Sequence[str] | Mapping[str, int], every_n_steps: int = 1) -> list[Measure]:
+    """The rows of the table, by name, with intervals in due steps.
+
+    Args:
+        metrics: names, or name -> steps between its measurements.
+        every_n_steps: steps between due steps.
 
     Raises:
-        InputError: for a name that is not there, or none.
+        InputError: for a name that is not there, none, or an interval that is no multiple of ``every_n_steps``.
     """
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for name in names:
@@ -45,7 +55,16 @@ def checked(metrics: Sequence[str]) -> list[Measure]:
             raise InputError(f"metrics needs names among {', '.join(MEASURES)}, got {name!r}")
     if not names:
         raise InputError("metrics is empty, which measures nothing; leave it out for the usual ones")
-    return [MEASURES[name] for name in dict.fromkeys(names)]
+    chosen = [MEASURES[name] for name in dict.fromkeys(names)]
+    if not isinstance(metrics, Mapping):
+        return chosen
+    for name, steps in metrics.items():
+        if type(steps) is not int or steps < 1 or steps % every_n_steps:
+            raise InputError(
+                f"metrics needs steps between measurements of {name}, a multiple of every_n_steps={every_n_steps}, "
+                f"got {steps!r}"
+            )
+    return [replace(measure, every=metrics[measure.name] // every_n_steps) for measure in chosen]
 
 
 class Probe:
@@ -53,7 +72,7 @@ class Probe:
 
     Args:
         model: whose layers are measured.
-        metrics: names of ``measures.MEASURES``.
+        measures: of ``measures.MEASURES``, with their intervals.
         select: which layers.
         say: takes a sentence, to be reported once.
 
@@ -64,14 +83,21 @@ class Probe:
         layers: those measured, in order.
         skipped: those that are not, and why.
         capture: the hooks, or None where no metric needs them.
+        tracker: those that add up covariances, or None.
+        turn: due steps so far.
 
     Raises:
         InputError: if no layer can be measured.
     """
 
-    def __init__(self, model: nn.Module, metrics: Sequence[str], select: Select, say: Callable[[str], None]) -> None:
-        self.measures = checked(metrics)
+    def __init__(
+        self, model: nn.Module, measures: Sequence[Measure], select: Select, say: Callable[[str], None]
+    ) -> None:
+        self.measures = list(measures)
         self.capture: watching.Capture | None = None
+        self.tracker: CovarianceTracker | None = None
+        self.turn = 0
+        self.seldom = 1  # times the interval of covariances, where these cost more than their share
         self.model = model
         self._select = select
         self._say = say
@@ -102,6 +128,8 @@ class Probe:
         self.refresh()
         parts: list[Part] = []
         asked, changes = self._asked(WEIGHTS), self._asked(CHANGES)
+        statistics = self._asked(STATISTICS)
+        parts += self._guarded(statistics, lambda: of_statistics(self.model, self.device))
         failed = self._failed(errors, WEIGHTS)
         turned = self._failed(errors, CHANGES)
         parts += self._guarded(
@@ -112,6 +140,35 @@ class Probe:
             lambda: of_changes(vectors_of(self._kept(CHANGES), turned), self._before, self._paths, turned),
         )
         return parts + (self.gradients(errors) if gradients is None else gradients) + seen
+
+    def arm(self, covariances: bool) -> None:
+        """Look at the passes of the coming due step.
+
+        Args:
+            covariances: whether this process looks at these.
+        """
+        if self.capture is not None and not self.capture.armed and self._asked(ACTIVATIONS):
+            self.capture.arm()
+        if self.tracker is not None and not self.tracker.armed and covariances and self._asked(COVARIANCES):
+            self.tracker.arm()
+
+    @property
+    def must_arm(self) -> bool:
+        """Whether passes of the coming due step are still to be looked at."""
+        capture = self.capture is not None and not self.capture.armed and bool(self._asked(ACTIVATIONS))
+        return capture or (self.tracker is not None and not self.tracker.armed and bool(self._asked(COVARIANCES)))
+
+    def covariances(self) -> tuple[list[Measure], dict[str, LayerFactors]]:
+        """What was added up since the hooks were armed, and which metrics are asked of it."""
+        tracker = self.tracker
+        if tracker is None or not tracker.armed:
+            return [], {}
+        asked = self._asked(COVARIANCES)
+        tracker.rest()
+        taken = tracker.take()
+        if not taken:
+            self._say(f"no input was seen, so metrics of covariances have no values: {LATE}")
+        return asked, taken
 
     def gradients(self, errors: dict[str, str]) -> list[Part]:
         """Metrics of the gradients as they are now."""
@@ -140,6 +197,7 @@ class Probe:
     def state_dict(self) -> dict[str, Any]:
         """Warm starts, and the first weights where a metric compares with them."""
         return {
+            "turn": self.turn,
             "weight_starts": dict(self._weight_starts),
             "gradient_starts": dict(self._gradient_starts),
             "before": dict(self._before),
@@ -147,6 +205,7 @@ class Probe:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them over."""
+        self.turn = int(state.get("turn", 0))
         self._weight_starts = dict(state["weight_starts"])
         self._gradient_starts = dict(state["gradient_starts"])
         self._before.update(state["before"])
@@ -161,7 +220,8 @@ class Probe:
         if self.capture is not None:
             self.capture.close()
             self.capture = None
-        asked = {measure.name for measure in self._asked(ACTIVATIONS)}
+        self._track()
+        asked = {measure.name for measure in self.measures if measure.source == ACTIVATIONS}
         if not asked:
             return
         outputs = {
@@ -176,8 +236,19 @@ class Probe:
             firing if asked & {"dying_frac", "full_frac"} else {},
         )
 
+    def _track(self) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
+            self.tracker = None
+        asked = [measure for measure in self.measures if measure.source == COVARIANCES]
+        if asked:
+            self.tracker = CovarianceTracker(self.model, layers=self._select)
+            self.tracker.gradients = any(measure.want in ("g", "F") for measure in asked)
+
     def _asked(self, source: str) -> list[Measure]:
-        return [measure for measure in self.measures if measure.source == source]
+        """Of this source, those whose turn it is."""
+        times = self.seldom if source == COVARIANCES else 1
+        return [m for m in self.measures if m.source == source and self.turn % (m.every * times) == 0]
 
     def _kept(self, source: str) -> list[Layer]:
         return [layer for layer in self.layers if (source, layer.name) not in self._lost]
@@ -203,7 +274,7 @@ class Probe:
         except Exception as error:  # noqa: BLE001 - a monitor's trouble is not the training's
             names = ", ".join(measure.name for measure in measures)
             self.measures = [measure for measure in self.measures if measure not in measures]
-            if self.capture is not None and not self._asked(ACTIVATIONS):
+            if self.capture is not None and not any(measure.source == ACTIVATIONS for measure in self.measures):
                 self.capture.close()
                 self.capture = None
             self._say(f"{names} failed and is left out from now on: {type(error).__name__}: {error}; training goes on")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from orthofast.errors import InputError
@@ -17,6 +16,7 @@ from orthofast.metrics.kronecker import kronecker_condition_number
 from orthofast.metrics.spectra import condition_number, marchenko_pastur_condition
 from orthofast.training.factors import LayerFactors
 from orthofast.training.layers import Skipped
+from orthofast.training.measures import norm_of, still
 
 NAN = math.nan
 
@@ -224,8 +224,6 @@ def of_layer(layer: LayerFactors, ps: Sequence[float]) -> LayerConditioning:
                 bounds.append(f"{name}[{p}]")
         row.kappa_null[p] = marchenko_pastur_condition(max(1, layer.x.n), layer.d_in, p)
     row.lower_bounds = tuple(bounds)
-    weight = getattr(layer.module, "weight", None)
-    if isinstance(weight, Tensor):
-        norm: Any = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
-        row.weight_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    with still(layer.module):
+        row.weight_norm = norm_of(layer)
     return row

@@ -40,27 +40,23 @@ class Neurons:
     Attributes:
         fired: (n,) float64, examples with an output above 0.
         examples: how many there were.
-        finite: () bool, whether all outputs were.
     """
 
     fired: Tensor
     examples: int
-    finite: Tensor
 
     @classmethod
     def of(cls, x: Tensor, axis: int) -> Neurons:
         """Count one call's outputs; neurons lie along ``axis``."""
         rest = [place for place in range(x.dim()) if place != axis % x.dim()]
         above = torch.gt(x, 0, out=torch.empty_like(x, dtype=torch.float32))  # adds up faster than booleans
-        low, high = torch.aminmax(x)
         fired = above.sum(rest).to(torch.float64)
-        return cls(fired, x.numel() // max(1, len(fired)), low.isfinite() & high.isfinite())
+        return cls(fired, x.numel() // max(1, len(fired)))
 
     def add(self, other: Neurons) -> None:
         """Count more examples."""
         self.fired += other.fired
         self.examples += other.examples
-        self.finite = self.finite & other.finite
 
 
 class Taps:

@@ -8,6 +8,7 @@ operator per tensor, in the graph of armed steps only.
 from __future__ import annotations
 
 import copy
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ class CovarianceTracker:
 
     Attributes:
         skipped: weights that are not tracked, with reasons.
+        gradients: whether output gradients are looked at; inputs always are.
+        own_s: host seconds spent adding up so far, outside of compiled graphs and in them.
 
     Raises:
         InputError: if an argument cannot be used.
@@ -146,7 +149,7 @@ class CovarianceTracker:
         self._split = is_split(model)
         self._model = unwrapped(model)
         modules, self.skipped = measured_modules(self._model, layers)
-        self.armed = False
+        self.armed, self.gradients, self.own_s = False, True, 0.0
         self.token = torch.zeros((), device="cpu")
         self.key = id(self)
         _trackers[self.key] = self
@@ -154,12 +157,23 @@ class CovarianceTracker:
         self._batch = 0  # entries of the pass at hand
         self._n = 0
         self._order: dict[str, None] = {}
-        self._handles: list[Any] = [self._model.register_forward_pre_hook(Hook(self), with_kwargs=True)]
-        for at, slot in enumerate(self._slots):
-            self._handles.append(slot.module.register_forward_hook(Hook(self, at), with_kwargs=True))
+        self.eager: set[int] = set()  # slots whose hooks ran outside a compiled graph
+        self._handles: dict[int, Any] = {}
+        self._hook()
+
+    def arm(self) -> None:
+        """Add up what passes from now on."""
+        self._hook()
+        self.armed = True
+
+    def rest(self) -> None:
+        """Look no more, and take the hooks off modules that run eagerly until armed again."""
+        self.armed = False
+        for slot in self.eager & set(self._handles):
+            self._handles.pop(slot).remove()
 
     def __enter__(self) -> CovarianceTracker:
-        self.armed = True
+        self.arm()
         return self
 
     def __exit__(
@@ -169,11 +183,9 @@ class CovarianceTracker:
 
     def reset(self) -> None:
         """Forget what was added up."""
-        self._n = 0
+        self._order, self._n = {}, 0
         for slot in self._slots:
-            if slot.factors is not None:
-                slot.factors.x.reset()
-                slot.factors.g.reset()
+            slot.factors = None
 
     def decay(self, factor: float) -> None:
         """Weigh all steps so far by ``factor``: an exponential average over steps."""
@@ -185,9 +197,27 @@ class CovarianceTracker:
     def close(self) -> None:
         """Remove the hooks."""
         self.armed = False
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
-        self._handles = []
+        self._handles = {}
+
+    def _hook(self) -> None:
+        for at in (START, *range(len(self._slots))):
+            if at in self._handles:
+                continue
+            if at == START:
+                self._handles[at] = self._model.register_forward_pre_hook(Hook(self), with_kwargs=True)
+            else:
+                module = self._slots[at].module
+                self._handles[at] = module.register_forward_hook(Hook(self, at), with_kwargs=True)
+
+    def take(self) -> dict[str, LayerFactors]:
+        """Hand over what this process added up, by path, and start anew; what is handed over changes no more."""
+        taken = {path: self._of(path) for path in self._order}
+        for slot in self._slots:
+            slot.factors = None
+        self._order, self._n = {}, 0
+        return taken
 
     def report(self) -> Report:
         """Spectra of what was added up. Of a DDP or FSDP2 model over all its processes, which must all call it.
@@ -230,12 +260,13 @@ class CovarianceTracker:
             for slot in self._slots:
                 slot.calls = []
             return
-        slot = self._slots[at]
+        slot, started = self._slots[at], time.perf_counter()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if gradient:
                 self._see_gradient(slot, x.detach())
             else:
                 self._see_input(slot, x.detach())
+        self.own_s += time.perf_counter() - started
 
     def _see_input(self, slot: _Slot, x: Tensor) -> None:
         if slot.factors is None:
@@ -270,7 +301,11 @@ class Hook:
     def __call__(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any = None) -> Any:
         """What torch calls: an output in the layer's place, or nothing."""
         tracker, slot = self.tracker, self.slot
-        if tracker is None or not tracker.armed:
+        if tracker is None:
+            return None
+        if not torch.compiler.is_compiling():
+            tracker.eager.add(slot)
+        if not tracker.armed:
             return None
         tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
         if slot == START:
@@ -280,11 +315,11 @@ class Hook:
         refuse(tracker.path_of(slot), tensors[0] if tensors else None, output)
         if torch.compiler.is_compiling():
             _track(tracker.token, tensors[0].detach(), tracker.key, slot, False)
-            return _through(output, tracker.key, slot) if output.requires_grad else None
+            return _through(output, tracker.key, slot) if output.requires_grad and tracker.gradients else None
         if not recomputing():
             tracker.see(slot, tensors[0], False)
         replaced = None
-        if output.requires_grad:
+        if output.requires_grad and tracker.gradients:
             if output._is_view():  # writing over a view in place would put another node in this one's place
                 replaced = output = torch.ops.aten._unsafe_view(output, output.shape)
             output.register_hook(lambda gradient: tracker.see(slot, gradient, True))
