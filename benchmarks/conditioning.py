@@ -185,8 +185,7 @@ def memory(name: str) -> float:
     """MiB a pass over the convolutions takes at its peak beyond a plain one: in a process of its own."""
     model, data = convolutions(), batches("convolutions", 2)
     chosen = {one.name: one for one in contestants(None)}[name]
-    # packages and their libraries are loaded, and memory is kept by the allocator, before it counts
-    peaks = []
+    peaks = []  # the first of each loads packages and their libraries
     for call in (plain, lambda m, d: chosen.run(m, d, chosen.labels[0])) * 2:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -203,9 +202,12 @@ def _resident_mib(field: str) -> float:
 def memories(chosen: list[Contestant]) -> dict[str, float]:
     """The same of all, each in a fresh process."""
     found = {}
+    # what is freed goes back to the system at once, so that the plain pass's memory hides nobody's
+    strict = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     for one in chosen:
         command = [sys.executable, "-m", "benchmarks.conditioning", "--memory-of", one.name]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=machine.ROOT, check=True)
+        environment = {**os.environ, **strict}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=machine.ROOT, check=True, env=environment)
         found[one.name] = float(done.stdout.split()[-1])
     return found
 
