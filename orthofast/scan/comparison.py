@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from orthofast.scan import report
 from orthofast.scan.document import finite
 from orthofast.scan.output import write_whole
 from orthofast.scan.plan import layer_order, natural
+from orthofast.scan.renaming import renamer
 from orthofast.scan.roles import ROLES
 from orthofast.scan.tables import markdown_table, number, percent, roles_in
 
@@ -248,8 +249,10 @@ def comparison_form(target: Path) -> Callable[[Comparison], str]:
 
 
 def compare(before: ScanResult, after: ScanResult) -> Comparison:
-    """Match the rows of two results by name, side, head and expert."""
-    return Comparison(compare_rows(before.rows, after.rows), {**before.provenance}, {**after.provenance})
+    """Match the rows of two results by name, side, head and expert; a wrapper's prefix on one side does not count."""
+    rename = renamer({row.name for row in before.rows}, {row.name for row in after.rows})
+    rows = [replace(row, name=rename(row.name)) for row in before.rows]
+    return Comparison(compare_rows(rows, after.rows), {**before.provenance}, {**after.provenance})
 
 
 def versions_of(result: ScanResult) -> Comparison | None:

@@ -15,6 +15,7 @@ from orthofast.scan.decoders import decode
 from orthofast.scan.engines import Group, HostStaging, PositionalEngine
 from orthofast.scan.matrices import Matrix
 from orthofast.scan.plan import Item, Plan
+from orthofast.scan.renaming import renamer
 from orthofast.scan.result import Row, ScanResult
 
 PAIR_BYTES = 64 << 20  # weights of either checkpoint read together
@@ -58,7 +59,8 @@ def compare_checkpoints(
     """
     if before.sides != after.sides:
         raise InputError(f"both plans need the same sides, got {before.sides} and {after.sides}")
-    partners = {item.weight.name: item for item in before.items}
+    rename = renamer(_names(before), _names(after))
+    partners = {rename(item.weight.name): item for item in before.items}
     pairs = [(partners[item.weight.name], item) for item in after.items if item.weight.name in partners]
     pairs = [(old, new) for old, new in pairs if _fit(old, new)]
     total = sum(old.weight.nbytes + new.weight.nbytes for old, new in pairs)
@@ -72,9 +74,10 @@ def compare_checkpoints(
         if progress is not None:
             progress(done, total, new.weight.name)
     first = measure(before)
+    first.rows = [replace(row, name=rename(row.name)) for row in first.rows]
     changed = replace(after, items=[item for item in after.items if item.weight.name not in equal])
     second = measure(changed) if changed.items or changed.faults else ScanResult([], [], dict(first.provenance))
-    rows = second.rows + _shared(first.rows, before, equal)
+    rows = second.rows + _shared(first.rows, after, equal)
     for row in rows:
         found = moved.get((row.name, row.expert, row.vectors)) if row.head is None else None
         if found is not None and row.error is None:
@@ -98,10 +101,16 @@ def relative_change(before: Tensor, after: Tensor) -> float:
     return (change / size) ** 0.5 if size else (float("inf") if change else 0.0)
 
 
+def _names(plan: Plan) -> set[str]:
+    """Of weights and of the matrices in them."""
+    return {name for item in plan.items for name in (item.weight.name, *(matrix.name for matrix in item.matrices))}
+
+
 def _fit(old: Item, new: Item) -> bool:
     """Whether the same matrices lie in both, so that their vectors can be compared one by one."""
     return len(old.matrices) == len(new.matrices) and all(
-        (a.name, a.expert, a.out, a.inward) == (b.name, b.expert, b.out, b.inward)
+        (a.name.removeprefix(old.weight.name), a.out, a.inward)
+        == (b.name.removeprefix(new.weight.name), b.out, b.inward)
         for a, b in zip(old.matrices, new.matrices, strict=True)
     )
 
@@ -193,7 +202,7 @@ def _on(matrix: Matrix, tensor: Tensor, device: str | torch.device | None) -> Te
     return view if device is None else view.to(device)
 
 
-def _shared(rows: Sequence[Row], plan: Plan, equal: set[str]) -> list[Row]:
+def _shared(rows: Sequence[Row], after: Plan, equal: set[str]) -> list[Row]:
     """Rows of weights that are the same in both, for the second result."""
-    names = {matrix.name for item in plan.items if item.weight.name in equal for matrix in item.matrices}
+    names = {matrix.name for item in after.items if item.weight.name in equal for matrix in item.matrices}
     return [replace(row, drift=0.0, relative_change=0.0) for row in rows if row.name in names]

@@ -20,6 +20,7 @@ from orthofast.scan.diffing import compare_checkpoints, relative_change
 from orthofast.scan.plan import make_plan
 from orthofast.scan.provenance import measure
 from orthofast.scan.readers.checkpoint import open_checkpoint
+from orthofast.scan.renaming import renamer
 from tests.scan import synthetic
 from tests.scan.checkpoints import FAMILIES, make_tensors, numpy_pii, write
 
@@ -214,3 +215,23 @@ def test_the_command_compares_checkpoints_and_results_alike(pair: tuple[Path, Pa
     assert len([line for line in long.splitlines() if " changed " in line]) == 4
     assert runner.invoke(cli.app, ["diff", before, after, "-o", "x.png"]).exit_code == 2
     assert runner.invoke(cli.app, ["diff", before, str(tmp_path / "absent")]).exit_code == 2
+
+
+def test_a_wrappers_prefix_on_one_side_does_not_count(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    bare = {name.removeprefix("model."): tensor for name, tensor in make_tensors(family).items()}
+    path = write(tmp_path / "bare", bare, family.config)
+    for found in (compared((path, pair[0])), compare(scan_checkpoint(path), scan_checkpoint(pair[0]))):
+        assert found.counts() == {"equal": len(found.changes)}
+        assert {change.name for change in found.changes} == {row.name for row in scan_checkpoint(pair[0]).rows}
+    backwards = compared((pair[1], path))
+    assert set(backwards.names("changed")) == {name.removeprefix("model.") for name in (Q, K)}
+    changes = {(change.name, change.vectors): change for change in backwards.changes}
+    assert (changes[K.removeprefix("model."), "rows"].drift or 0) > 0.01
+
+
+def test_names_that_have_no_counterpart_stay() -> None:
+    rename = renamer([f"a.{i}" for i in range(4)] + ["lone"], [f"b.c.{i}" for i in range(3)])
+    assert [rename(name) for name in ("a.0", "a.2", "a.3", "lone")] == ["b.c.0", "b.c.2", "a.3", "lone"]
+    same = renamer(["a.w", "a.v"], ["a.w", "x.a.v"])
+    assert (same("a.w"), same("a.v")) == ("a.w", "a.v")
