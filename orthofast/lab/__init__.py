@@ -1,4 +1,4 @@
-"""The papers' experiments, made of what any user of the package could write: their networks so far."""
+"""The papers' experiments, made of what any user of the package could write: ``python -m orthofast.lab`` runs them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,65 @@
+"""What a figure shows, declared apart from how it is drawn: panels of lines, bars or cells, one number a seed each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Runs = Sequence[Sequence[float | None]]  # one sequence over x for each seed
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of points, or one colour of bars.
+
+    Attributes:
+        name: in the legend; series of one name look alike in all panels.
+        x: where, shared by all seeds; text for bars.
+        runs: (seeds, len(x)) values; None leaves a gap. The mean is drawn, the band goes from least to largest.
+        published: the paper's own numbers: drawn as hollow points without a band.
+    """
+
+    name: str
+    x: Sequence[float | str]
+    runs: Runs
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        x: title of the axis, with unit.
+        y: the same.
+        series: what is drawn.
+        title: above it.
+        kind: "lines", "bars" (x is text), or "cells" (each series a row, its value a shade).
+        x_log: logarithmic axis.
+        y_log: the same.
+        points: draw points on lines; leave them out for long series.
+        levels: horizontal lines, such as a theory's value: (name, y).
+    """
+
+    x: str
+    y: str
+    series: Sequence[Series]
+    title: str = ""
+    kind: str = "lines"
+    x_log: bool = False
+    y_log: bool = False
+    points: bool = True
+    levels: Sequence[tuple[str, float]] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels side by side.
+
+    Attributes:
+        panels: of it.
+        caption: what a reader needs to know; seeds and band are added when it is drawn.
+    """
+
+    panels: Sequence[Panel]
+    caption: str = ""
