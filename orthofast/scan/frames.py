@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from orthofast.scan.result import Row
 
+INSTALL = "pip install 'orthofast[tables]'"
 TEXTS = ("name", "layer", "role", "vectors", "error", "adapter")
 COUNTS = ("n", "d", "zero", "nonfinite", "head", "expert")
 FLOATS = ("pii", "baseline", "ratio", "standard_error", "max_abs", "drift", "relative_change")
@@ -71,4 +72,4 @@ def _columns(rows: Sequence[Row], fields: Sequence[str]) -> dict[str, list[Any]]
 
 def _require(package: str, needs: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise MissingPackageError(f"{needs}; install it with pip install {package}")
+        raise MissingPackageError(f"{needs}; install the extra with {INSTALL}")

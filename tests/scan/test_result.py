@@ -146,9 +146,15 @@ def test_a_page_without_layers_or_rows_is_still_a_page(tmp_path: Path) -> None:
     assert "Nothing was skipped" in ScanResult([], [], {}).to_html()
 
 
-FIRST = """{"schema_version": 1, "rows": [
- {"name": "w", "layer": "0", "role": "Query", "vectors": "rows", "n": 4, "d": 3, "pii": 0.25, "baseline": 0.5, "ratio": 0.5, "zero": 0, "nonfinite": 0, "error": null}],
- "skipped": [{"name": "b", "reason": "bias"}], "provenance": {"checkpoint": "old"}}"""
+FIRST = """{
+"schema_version": 1,
+"rows": [
+ {"name": "w", "layer": "0", "role": "Query", "vectors": "rows", "n": 4, "d": 3,
+  "pii": 0.25, "baseline": 0.5, "ratio": 0.5, "zero": 0, "nonfinite": 0, "error": null}
+],
+"skipped": [{"name": "b", "reason": "bias"}],
+"provenance": {"checkpoint": "old"}
+}"""
 
 
 def test_a_document_reads_back_as_it_was_written(result: ScanResult, tmp_path: Path) -> None:
