@@ -1,8 +1,8 @@
 """How many names of all model families in transformers the rules of orthofast.scan.roles know: counts, and the misses.
 
 Every configuration class is built with its defaults on the meta device, its names are turned back into those on disk,
-and each matrix inside a layer is read. It counts "some role", not "the right role": that is what
-tests/scan/test_roles_gguf.py and tests/scan/test_roles_models.py check.
+and each matrix inside a layer is read. That counts "some role", not "the right role". Where a family's names in memory
+are others than on disk, both must give the same number of values under each role: two sets of names check each other.
 
     python -m benchmarks.roles_survey [FAMILY ...]
 """
@@ -15,13 +15,14 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import transformers
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from orthofast.scan.matrices import holds_matrices
+from orthofast.scan.matrices import holds_matrices, matrices_of
 from orthofast.scan.roles import Roles
 
 HEADS = (
@@ -34,20 +35,41 @@ HEADS = (
 )
 
 
-def names_of(family: str) -> tuple[dict[str, tuple[int, ...]], dict[str, object]]:
-    """Names on disk with their shapes, and the configuration, of one family with its default sizes."""
+@dataclass(frozen=True)
+class Names:
+    """Shapes by name, on disk and in memory, and the configuration of one family with its default sizes."""
+
+    disk: dict[str, tuple[int, ...]]
+    memory: dict[str, tuple[int, ...]]
+    config: dict[str, object]
+
+
+def names_of(family: str) -> Names:
+    """Build a family's model on the meta device."""
     config = getattr(transformers, configuration_auto.CONFIG_MAPPING_NAMES[family])()
     class_names = next(table[family] for table in HEADS if family in table)
     model_class = getattr(transformers, class_names if isinstance(class_names, str) else class_names[0])
     with torch.device("meta"):
         model = model_class(config)
-    state = model.state_dict()
+    state = stored = model.state_dict()
     try:
-        state = revert_weight_conversion(model, state)
-    except Exception as error:  # noqa: BLE001 (any: names in memory are names that are saved, too)
+        stored = revert_weight_conversion(model, state)
+    except Exception as error:  # noqa: BLE001 - names in memory are names that are saved, too
         print(f"# {family}: names as in memory ({type(error).__name__})", file=sys.stderr)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return shapes, json.loads(config.to_json_string(use_diff=False))
+    disk, memory = ({name: tuple(tensor.shape) for name, tensor in found.items()} for found in (stored, state))
+    return Names(disk, memory, json.loads(config.to_json_string(use_diff=False)))
+
+
+def values_per_role(shapes: dict[str, tuple[int, ...]], config: dict[str, object]) -> Counter[str]:
+    """How many values are read under each role."""
+    roles = Roles(shapes, config)
+    found: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        reading = roles.read(name, shape)
+        if len(shape) >= 2 and reading.skip is None and holds_matrices(shape, reading):
+            for matrix in matrices_of(name, shape, reading):
+                found[matrix.role] += matrix.out * matrix.inward
+    return found
 
 
 def misses(shapes: dict[str, tuple[int, ...]], config: dict[str, object]) -> Iterator[tuple[str, bool]]:
@@ -67,15 +89,15 @@ def main(families: list[str]) -> None:
     """Print one line per family with misses, then the counts."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    complete = built = matrices = unknown = 0
+    complete = built = matrices = unknown = renamed = alike = 0
     for family in families or sorted(configuration_auto.CONFIG_MAPPING_NAMES):
         try:
-            shapes, config = names_of(family)
-        except Exception as error:  # noqa: BLE001 (any: no default sizes, packages not installed)
+            names = names_of(family)
+        except Exception as error:  # noqa: BLE001 - no default sizes, or packages that are not installed
             print(f"- {family}: not built ({type(error).__name__})")
             continue
         built += 1
-        found = list(misses(shapes, config))
+        found = list(misses(names.disk, names.config))
         matrices += len(found)
         wrong = Counter(name for name, read in found if not read)
         unknown += wrong.total()
@@ -84,7 +106,15 @@ def main(families: list[str]) -> None:
             print(
                 f"{family}: {wrong.total()} of {len(found)}: " + ", ".join(f"{n} x{c}" for n, c in wrong.most_common(6))
             )
+        if names.disk != names.memory:
+            disk, memory = (values_per_role(shapes, names.config) for shapes in (names.disk, names.memory))
+            renamed += 1
+            alike += disk == memory
+            if disk != memory:
+                differ = sorted(role for role in disk | memory if disk[role] != memory[role])
+                print(f"{family}: other values on disk than in memory under {', '.join(differ)}")
     print(f"{complete} of {built} families complete; {unknown} of {matrices} matrices inside layers without a role")
+    print(f"{alike} of {renamed} families with other names on disk have the same values under each role")
 
 
 if __name__ == "__main__":

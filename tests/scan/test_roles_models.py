@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from orthofast.scan.matrices import Matrix, holds_matrices, matrices_of
 from orthofast.scan.roles import Roles
 
 transformers = pytest.importorskip("transformers")
+from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 
 SMALL: dict[str, Any] = {"vocab_size": 32, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
 GROUPED: dict[str, Any] = SMALL | {"num_key_value_heads": 2, "intermediate_size": 20, "pad_token_id": 0}
@@ -316,3 +318,34 @@ def test_every_matrix_in_a_layer_has_a_role_and_its_heads(family: str) -> None:
         seen.add(role)
     assert seen == set(wanted)
     assert {"Linear_1.weight", "Linear_2.weight"} <= {role for _, role, _ in found}
+
+
+RENAMED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral keeps each expert apart": ("MixtralConfig", "MixtralForCausalLM", MOE),
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", NEXT | {"layer_types": None}),
+    "nomic_bert fuses query, key and value": ("NomicBertConfig", "NomicBertModel", SMALL | {"intermediate_size": 20}),
+    "vit": ("ViTConfig", "ViTModel", {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_names_on_disk_and_in_memory_have_the_same_values_under_each_role(family: str) -> None:
+    config_class, model_class, settings = RENAMED[family]
+    config = getattr(transformers, config_class)(**settings)
+    with torch.device("meta"):
+        model = getattr(transformers, model_class)(config)
+    state = model.state_dict()
+    stored = revert_weight_conversion(model, state)
+    assert set(stored) != set(state)
+    found = []
+    for tensors in (state, stored):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        roles = Roles(shapes, json.loads(config.to_json_string(use_diff=False)))
+        count: Counter[tuple[str, str | None, int]] = Counter()
+        for name, shape in shapes.items():
+            reading = roles.read(name, shape)
+            if len(shape) >= 2 and reading.skip is None:
+                for m in matrices_of(name, shape, reading):
+                    count[m.role, m.layer, m.heads] += m.out * m.inward
+        found.append(count)
+    assert found[0] == found[1]
