@@ -15,6 +15,7 @@ from orthofast.commands.outputs import check_folder, check_targets, conclude, wr
 from orthofast.commands.terminal import print_result, progress_bar, seconds
 from orthofast.errors import InputError
 from orthofast.kernels import Sample
+from orthofast.scan.adapters import open_adapter, with_adapter
 from orthofast.scan.forecast import OFFER_PAIRS, forecast
 from orthofast.scan.journal import discard
 from orthofast.scan.options import ScanOptions
@@ -52,6 +53,10 @@ def scan(
         typer.Option(
             "-o", "--output", help="Also write FILE (.json, .csv, .parquet, .md, .html, .png, .svg). Repeatable."
         ),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="A LoRA adapter of this base: folder or ORG/NAME; measures base, merged and delta."),
     ] = None,
     vectors: Vectors = "both",
     heads: Annotated[bool, typer.Option("--heads", help="Also measure each attention head by itself.")] = False,
@@ -115,6 +120,8 @@ def scan(
         if chosen is not None and selected is None:
             selected = chosen.layers
         plan = make_plan(catalog, include=include, exclude=exclude, vectors=vectors, layers=selected)
+        if adapter is not None:
+            plan = with_adapter(plan, open_adapter(adapter))
         if chosen is not None:
             plan = keep_roles(plan, chosen.sides)
         if wanted is not None:
@@ -163,7 +170,7 @@ def run(
     What is known to be wrong is said before the first read.
     """
     known = [f"note: {note}" for note in plan.catalog.notes]
-    known += dict.fromkeys(fault.error for fault, _ in plan.faults)
+    known += dict.fromkeys(fault.error for fault, _ in (*plan.faults, *plan.unmerged))
     for sentence in known if not _follows() else ():
         say(f"orthofast: {sentence}")
     with progress_bar(plan.nbytes, show) as progress:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from orthofast.errors import InputError, OrthofastError
 from orthofast.kernels import Sample
+from orthofast.scan.adapters import open_adapter, with_adapter
 from orthofast.scan.options import ScanOptions
 from orthofast.scan.pipeline import Progress
 from orthofast.scan.plan import make_plan
@@ -38,6 +39,7 @@ __all__ = [
 def scan_checkpoint(
     checkpoint: str | os.PathLike[str] | nn.Module | Mapping[str, Tensor],
     *,
+    adapter: str | os.PathLike[str] | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     vectors: str = "both",
@@ -57,6 +59,8 @@ def scan_checkpoint(
     Args:
         checkpoint: a file, an index of shards, a folder, the name of a model on the Hugging Face hub, a module or a
             state dict, as :func:`orthofast.scan.readers.checkpoint.open_checkpoint` takes them.
+        adapter: folder or hub name of a LoRA adapter as PEFT saves it: each weight it changes is measured three times
+            from one read, as "base", "merged" and "delta" (the update alone), with drift and relative change.
         include: measure only tensors whose name matches one of these globs.
         exclude: leave out tensors whose name matches one of these globs.
         vectors: "rows" (one vector per output), "cols" (one per input) or "both".
@@ -89,6 +93,8 @@ def scan_checkpoint(
     chosen = None if options.preset is None else preset(options.preset, catalog.config)
     layers = chosen.layers if chosen is not None and options.layers is None else options.layers
     plan = make_plan(catalog, include=include, exclude=exclude, vectors=vectors, layers=layers)
+    if adapter is not None:
+        plan = with_adapter(plan, open_adapter(adapter))
     if chosen is not None:
         plan = keep_roles(plan, chosen.sides)
     result = measure(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from orthofast.errors import InputError
+from orthofast.scan.adapters_update import update_bytes
 from orthofast.scan.decoders import decoded_bytes, decoded_dtype
 from orthofast.scan.devices import Device
 from orthofast.scan.engines import (
@@ -58,7 +59,7 @@ def working_bytes(item: Item) -> int:
     if any(matrix.stack for matrix in item.matrices):  # one expert after the other
         decoded //= max(weight.shape[0], 1) if len(weight.shape) == 3 else 1
     copied = max((m.out * m.inward for m in item.matrices if m.copies), default=0) * decoded_dtype(weight).itemsize
-    return scratch_bytes(weight) + decoded + copied
+    return scratch_bytes(weight) + decoded + copied + update_bytes(weight)
 
 
 def budget_for(items: Iterable[Item], options: ScanOptions, free_bytes: int | None = None) -> Budget:
@@ -103,7 +104,9 @@ def batches(items: Sequence[Item], budget: Budget) -> Iterator[list[Item]]:
         yield batch
 
 
-def open_engine(plan: Plan, budget: Budget, options: ScanOptions, device: Device | None = None) -> tuple[Engine, Budget]:
+def open_engine(
+    plan: Plan, budget: Budget, options: ScanOptions, device: Device | None = None
+) -> tuple[Engine, Budget]:
     """The engine that the options name, with its memory, and the budget as the device could grant it.
 
     Raises:

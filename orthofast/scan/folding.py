@@ -14,6 +14,7 @@ from orthofast.kernels import Sample, dispatch, gram_stats, gram_stats_many
 from orthofast.kernels.contract import make_request
 from orthofast.metrics.coherence import isotropic_baseline, pii_from
 from orthofast.records import GramStats
+from orthofast.scan.adapters_update import version_of
 from orthofast.scan.catalog import Fault
 from orthofast.scan.devices import Device
 from orthofast.scan.matrices import Matrix
@@ -75,6 +76,8 @@ class Job:
         d: their length.
         alone: the expert that is decoded without its stack; None where the weight is decoded whole.
         heads: sets, one per head; 0 for the whole matrix.
+        version: "base", "merged" or "delta" of a weight with an adapter.
+        given: the vectors themselves are handed in, not a weight that holds them.
     """
 
     item: int
@@ -84,6 +87,8 @@ class Job:
     d: int
     alone: int | None = None
     heads: int = 0
+    version: str | None = None
+    given: bool = False
 
     @property
     def source(self) -> tuple[int, int | None]:
@@ -97,6 +102,8 @@ class Job:
 
     def view(self, weight: Tensor) -> Tensor:
         """(n, d) of the whole matrix or (heads, n, d), from what was decoded."""
+        if self.given:
+            return weight
         matrix = self.matrix if self.alone is None else replace(self.matrix, stack=1, expert=0)
         if self.heads:
             return matrix.head_views(weight)
@@ -113,24 +120,27 @@ class Fetch:
         values: the fields of their records in one tensor, or why there are none.
         ready: when it may be read; None at once.
         shapes: (field, elements) in the order of ``values``.
+        changes: (sets, 2) drift and relative change from the base, of merged weights.
     """
 
     jobs: list[Job]
     values: Tensor | str
     ready: Event | None = None
     shapes: list[tuple[str, int]] = field(default_factory=list)
+    changes: Tensor | None = None
 
 
 def jobs_of(item: Item, settings: Settings, index: int = 0) -> Iterator[Job]:
     """Everything to fold in one weight."""
     stacked = item.weight.coding != PLAIN and len(item.weight.shape) == 3
+    version = version_of(item.weight)
     for matrix in item.matrices:
         alone = matrix.expert if stacked and matrix.stack else None
         for side in settings.sides:
             n, d = matrix.sizes(side)
-            yield Job(index, matrix, side, n, d, alone)
+            yield Job(index, matrix, side, n, d, alone, version=version)
             if settings.heads and matrix.heads > 1 and matrix.head_axis == side:
-                yield Job(index, matrix, side, *matrix.head_sizes(), alone, matrix.heads)
+                yield Job(index, matrix, side, *matrix.head_sizes(), alone, matrix.heads, version)
 
 
 def calls(jobs: Sequence[Job], device: Device | None) -> Iterator[list[Job]]:
@@ -186,9 +196,7 @@ class Folder:
     def rows(self, fetch: Fetch) -> list[tuple[Job, list[Row]]]:
         """The rows of each job, one per set of vectors; waits for the values."""
         if isinstance(fetch.values, str):
-            return [
-                (job, [error_row(job.matrix, job.side, fetch.values)] if not job.heads else []) for job in fetch.jobs
-            ]
+            return [(job, [] if job.heads else [_failed(job, fetch.values)]) for job in fetch.jobs]
         if fetch.ready is not None:
             began = time.perf_counter()
             fetch.ready.synchronize()
@@ -198,6 +206,7 @@ class Folder:
         fields = {name: value.tolist() for name in SCALARS if (value := getattr(record, name)) is not None}
         pairs = None if record.argmax is None else record.argmax.tolist()
         hists = None if record.hist is None else record.hist.tolist()
+        changes = None if fetch.changes is None else fetch.changes.tolist()
         found: list[tuple[Job, list[Row]]] = []
         at = 0
         for job in fetch.jobs:
@@ -205,6 +214,9 @@ class Folder:
             for head in range(max(job.heads, 1)):
                 row = self._row(job, {name: values[at] for name, values in fields.items()}, pii[at])
                 row.head = head if job.heads else None
+                row.adapter = job.version
+                if changes is not None and row.error is None:
+                    row.drift, row.relative_change = (v if math.isfinite(v) else None for v in changes[at])
                 if row.error is None and row.pii is not None:
                     if pairs is not None:
                         row.max_pair = (int(pairs[at][0]), int(pairs[at][1]))
@@ -214,6 +226,18 @@ class Folder:
                 at += 1
             found.append((job, rows))
         return found
+
+    def attach(self, fetch: Fetch, changes: Tensor) -> None:
+        """Let a fetch carry (sets, 2) drift and relative change of its jobs."""
+        if self._device is None:
+            fetch.changes = changes
+        else:
+            fetch.changes, fetch.ready = self._device.fetch(changes)
+
+    def relieve(self) -> None:
+        """Give back what an allocator keeps."""
+        if self._device is not None:
+            self._device.relieve()
 
     def _fold(self, vectors: list[Tensor]) -> list[GramStats]:
         settings = self.settings
@@ -281,6 +305,12 @@ def is_shortage(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+
+
+def _failed(job: Job, error: str) -> Row:
+    row = error_row(job.matrix, job.side, error)
+    row.adapter = job.version
+    return row
 
 
 def error_row(matrix: Matrix, side: str, error: str) -> Row:

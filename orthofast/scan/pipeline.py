@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from orthofast.errors import CheckpointError
+from orthofast.scan.adapters_folding import start_versions
 from orthofast.scan.decoders import decode
 from orthofast.scan.devices import Device
 from orthofast.scan.engines import Engine, Group
@@ -83,6 +84,7 @@ def _fold(group: Group, folder: Folder, finished: Finished, device: Device | Non
         ready = [job for job in call if job.source in weights]
         if ready:
             folded.fetches += folder.start(ready, weights)
+            folded.fetches += start_versions(ready, weights, group, folder)
         if device is None:
             _gather(folded, folder)
             through = call[-1].item + (call[-1].alone is None)  # else experts may follow

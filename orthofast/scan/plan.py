@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -35,6 +35,8 @@ class Plan:
         items: tensors to measure, in the order they lie in the files.
         skipped: (name, reason) of everything else.
         faults: what cannot be read, with layer and role where the name tells them.
+        adapter: facts of the adapter that is scanned with its base, None without one.
+        unmerged: parts of it that cannot be used, likewise.
     """
 
     catalog: Catalog
@@ -42,6 +44,8 @@ class Plan:
     items: list[Item] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     faults: list[tuple[Fault, Reading]] = field(default_factory=list)
+    adapter: Mapping[str, object] | None = None
+    unmerged: list[tuple[Fault, Reading]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +97,7 @@ def make_plan(
         reading = roles.read(weight.name, weight.shape)
         reason = outside(weight.name, reading)
         selected += reason is None
-        reason = reason or reading.skip or _unmeasurable(weight, reading)
+        reason = reason or reading.skip or unmeasurable(weight, reading)
         if reason:
             plan.skipped.append((weight.name, reason))
         else:
@@ -135,7 +139,8 @@ def _globs(given: str | Iterable[str] | None, name: str) -> tuple[str, ...] | No
     return globs or None
 
 
-def _unmeasurable(weight: Weight, reading: Reading) -> str | None:
+def unmeasurable(weight: Weight, reading: Reading) -> str | None:
+    """Why a weight has no matrices to measure; None where it has."""
     shape = weight.shape
     if len(shape) < 2:
         kind = "bias" if weight.name.endswith(("bias", "beta")) else "norm scale" if _is_norm(weight.name) else "vector"

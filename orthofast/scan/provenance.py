@@ -212,6 +212,7 @@ def _result(
         "heads": settings.heads,
         "sample": None if sample is None else {"pairs": sample.pairs, "seed": sample.seed},
         "detail": settings.detail,
+        **({} if plan.adapter is None else {"adapter": dict(plan.adapter)}),
         "ranks": 1 if team is None else team.size,
         "notes": list(catalog.notes),
         "weights": {"measured": spent.measured, "reused": spent.reused, "missing": len(tally.missing)},

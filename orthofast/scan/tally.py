@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from orthofast.scan.adapters_update import BASE, DELTA, VERSIONS
 from orthofast.scan.folding import fault_rows
 from orthofast.scan.plan import Item, Plan, layer_order, natural
 from orthofast.scan.result import Row, Skipped
@@ -60,7 +61,11 @@ class Tally:
     def rows(self) -> list[Row]:
         """All rows, in the order of a result."""
         plan = self._plan
+        version = None if plan.adapter is None else BASE
         found = [row for fault, reading in plan.faults for row in fault_rows(fault, reading, plan.sides)]
+        found = [replace(row, adapter=version) for row in found]
+        for fault, reading in plan.unmerged:
+            found += [replace(row, adapter=DELTA) for row in fault_rows(fault, reading, plan.sides)]
         aliases: dict[str, list[str]] = {}
         for alias, stored in sorted(plan.catalog.tied.items()):
             aliases.setdefault(stored, []).append(alias)
@@ -75,7 +80,16 @@ class Tally:
             places = dict(zip(_keys(plan.items[first]), item.matrices, strict=True))
             for row in known:
                 matrix = places[row.name, row.expert]
-                found.append(replace(row, name=matrix.name, layer=matrix.layer, role=matrix.role, tied=tied))
+                found.append(
+                    replace(
+                        row,
+                        name=matrix.name,
+                        layer=matrix.layer,
+                        role=matrix.role,
+                        adapter=row.adapter or version,
+                        tied=tied,
+                    )
+                )
         return sorted(found, key=_order)
 
     def skipped(self) -> list[Skipped]:
@@ -94,4 +108,5 @@ def _order(row: Row) -> tuple[object, ...]:
     """Layers first, top to bottom, then what lies outside; whole matrices before their heads; the same every time."""
     role = ROLES.index(row.role) if row.role in ROLES else len(ROLES)
     inside = -1 if row.expert is None else row.expert, row.vectors != "rows", -1 if row.head is None else row.head
-    return row.layer is None, layer_order(row.layer or ""), role, natural(row.name), *inside
+    version = VERSIONS.index(row.adapter)
+    return row.layer is None, layer_order(row.layer or ""), role, natural(row.name), *inside, version
