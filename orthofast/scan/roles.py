@@ -38,7 +38,6 @@ NUMBERED = re.compile(r"((?:^|\.)\w*(?:layer|block)s?)_(\d+)(?=\.)")  # torchvis
 CONVOLUTION = re.compile(r"conv|patch|stem|downsample|depthwise|dw")
 DEPTHWISE = re.compile(r"depthwise|sconv|dw_?conv|conv_?dw|conv_depth|conv1d|conv2d_dw")
 LONGEST_NAME = 1000  # characters; foreign names hold what they like, and patterns take their time
-LONGEST_NUMBER = 9  # digits
 NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 TOKENS = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|token_embd)\.weight$")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts", "num_routed_experts")
@@ -141,7 +140,7 @@ class Roles:
             segments = segments[:-1]  # a module around the projection
         number = inner = expert = -1
         for i in range(1, len(segments)):
-            if not segments[i].isdecimal() or len(segments[i]) > LONGEST_NUMBER:
+            if not segments[i].isdecimal():
                 continue
             parent = segments[i - 1]
             if number < 0:
