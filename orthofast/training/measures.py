@@ -82,7 +82,7 @@ MEASURES: dict[str, Measure] = {
             for side in "xgF"
             for p in (0.5, 0.8)
         ),
-        Measure("last_weight_norm", COVARIANCES, "w", every=SELDOM),
+        Measure("last_weight_norm", WEIGHTS, "abs_sum"),
     )
 }
 DEFAULT = ("pii", "pii_ratio", "max_coherence")
@@ -142,7 +142,9 @@ def of_weights(
             continue
         names = tuple(paths[layer.name] for layer, _ in kept)
         joined = _join(records)
-        parts += [Part(measure.name, names, _formula(measure.name, joined, records, kept)) for measure in asked]
+        for measure in asked:
+            values = _formula(measure.name, joined, records, kept)
+            parts.append(Part(measure.name, names[-len(values) :], values))
         if normalize or len({m.normalize for m in measures}) == 1:
             parts.append(Part("nonfinite", names, joined.nonfinite.to(torch.float64)))
             parts.append(Part("zero", names, joined.zero.to(torch.float64)))
@@ -179,13 +181,6 @@ def of_statistics(model: nn.Module, device: torch.device) -> list[Part]:
     return [Part("bn_rate", tuple(found), torch.stack(list(found.values())))] if found else []
 
 
-def norm_of(layer: LayerFactors) -> float:
-    """Frobenius norm of a layer's weight."""
-    weight: Any = layer.module.weight
-    norm: Any = torch.linalg.vector_norm(_whole(weight.detach()), dtype=torch.float64)
-    return float(norm)
-
-
 def of_covariances(measures: Sequence[Measure], layers: dict[str, LayerFactors]) -> dict[str, dict[str, float]]:
     """Metric -> path -> value, for a thread of its own: whole spectra where a kappa asks for them, else the largest.
 
@@ -196,7 +191,7 @@ def of_covariances(measures: Sequence[Measure], layers: dict[str, LayerFactors])
     found: dict[str, dict[str, float]] = {measure.name: {} for measure in measures}
     last = list(layers)[-1] if layers else None
     for path, layer in layers.items():
-        asked = [m for m in measures if m.want != "w" and (path == last or not m.name.startswith("last_"))]
+        asked = [measure for measure in measures if path == last or not measure.name.startswith("last_")]
         kappas = {side for measure in asked if measure.p is not None for side in _sides(measure.want)}
         spectra = {
             side: moment.spectrum() if side in kappas else _largest(moment)
@@ -271,6 +266,10 @@ def _formula(
     name: str, joined: GramStats, records: Sequence[GramStats], kept: Sequence[tuple[Layer, Tensor]]
 ) -> Tensor:
     """(layers,) float64."""
+    if name == "last_weight_norm":
+        norm_sq = records[-1].norm_sq
+        assert norm_sq is not None
+        return norm_sq.sum().sqrt()[None].to(joined.pairs.device)
     if name == "max_coherence":
         return max_coherence_from(joined).value
     if name == "mean_squared_cosine":

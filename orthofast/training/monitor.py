@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthofast.errors import InputError
 from orthofast.training.capture import CURE
 from orthofast.training.layers import Select, Skipped
-from orthofast.training.measures import COVARIANCES, DEFAULT, MEASURES, Part, norm_of, of_covariances, still
+from orthofast.training.measures import COVARIANCES, DEFAULT, MEASURES, Part, of_covariances, still
 from orthofast.training.probe import Probe, checked
 from orthofast.training.rows import PREFIX, Row, add_metric
 from orthofast.training.schedule import Mark, Schedule, mark
@@ -66,8 +66,9 @@ class Monitor:
     bn_rate               statistics   alpha of batch norm, from running variances, the mean over its neurons
     lambda_max_x, _g, _F  covariances  largest eigenvalue of the inputs', the output gradients' covariance, and both's
     kappa_x_50, _80, ...  covariances  their condition number kappa_p, p = 50 % or 80 %; also kappa_g_, kappa_F_
-    last_lambda_max_x     covariances  of the layer that gives the outputs alone; also last_lambda_max_F, the second
-                                       moment of its weight's gradient, and last_weight_norm
+    last_lambda_max_x     covariances  of the layer called last alone; also last_lambda_max_F, largest second moment of
+                                       its weight's gradient
+    last_weight_norm      weights      Frobenius norm of the last layer's weight
     ====================  ===========  ============================================================================
 
     Covariances are those of one batch, with the training's own labels and its loss taken as a mean over the batch, see
@@ -291,9 +292,7 @@ class Monitor:
             return 0.0
         own_s, tracker.own_s = tracker.own_s, 0.0
         asked, layers = self._probe.covariances()
-        norms = {list(layers)[-1]: norm_of(list(layers.values())[-1])} if layers else {}
-        wanted = {m.name: norms for m in asked if m.want == "w" and norms}  # now, before training changes it
-        if layers and not self._worker.submit(count, lambda: of_covariances(asked, layers) | wanted):
+        if layers and not self._worker.submit(count, lambda: of_covariances(asked, layers)):
             self._say("spectra are dropped, as those before are not done; measure covariances less often")
         self._heavy_s = own_s
         return own_s
@@ -306,7 +305,7 @@ class Monitor:
                 self._ready.append(done)
                 continue
             if done.error:
-                self._say(f"spectra of step {done.step} failed: {done.error}; training goes on")
+                self._say(f"spectra failed: {done.error}; training goes on")
                 continue
             self._keep_budget(done)
             for metric, values in done.value.items():

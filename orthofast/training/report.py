@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from orthofast.errors import InputError
@@ -16,7 +17,7 @@ from orthofast.metrics.kronecker import kronecker_condition_number
 from orthofast.metrics.spectra import condition_number, marchenko_pastur_condition
 from orthofast.training.factors import LayerFactors
 from orthofast.training.layers import Skipped
-from orthofast.training.measures import norm_of, still
+from orthofast.training.measures import still
 
 NAN = math.nan
 
@@ -225,5 +226,7 @@ def of_layer(layer: LayerFactors, ps: Sequence[float]) -> LayerConditioning:
         row.kappa_null[p] = marchenko_pastur_condition(max(1, layer.x.n), layer.d_in, p)
     row.lower_bounds = tuple(bounds)
     with still(layer.module):
-        row.weight_norm = norm_of(layer)
+        weight: Any = layer.module.weight
+    norm: Any = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
+    row.weight_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     return row
