@@ -13,7 +13,7 @@ from rich.text import Text
 
 from orthofast.scan.pipeline import Progress
 from orthofast.scan.result import Row, ScanResult, Table5
-from orthofast.scan.tables import body_lines, footer_lines, number, printable
+from orthofast.scan.tables import CONDENSED, body_lines, condensed, footer_lines, number, printable
 
 TITLES = {
     "rows": "rows: one vector per output",
@@ -94,8 +94,11 @@ def print_result(result: ScanResult, long: bool) -> None:
                 if table.layers:
                     print_table5(out, table, "merged with the adapter, ")
         outside = result.outside_table()
-        if outside:
-            print_matrices(out, outside, "outside the table")
+        listed, by_role = condensed(outside)
+        if by_role:
+            print_lines("outside the table, by role; --long lists every matrix", list(CONDENSED), by_role)
+        if listed:
+            print_matrices(out, listed, "outside the table")
     print_skipped([(entry.name, entry.reason) for entry in result.skipped])
     line(_closing(result))
 

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orthofast.errors import InputError
-from orthofast.scan import charts, frames, report
+from orthofast.scan import charts, frames, page_data, report
 from orthofast.scan.comparison import Comparison, versions_of
 from orthofast.scan.document import SCHEMA_VERSION, finite, parse
 from orthofast.scan.output import write_whole
 from orthofast.scan.roles import TABLE5
 from orthofast.scan.tables import (
+    CONDENSED,
     Spread,
     Table5,
     body_lines,
+    condensed,
     footer_lines,
     markdown_table,
     number,
@@ -255,18 +257,16 @@ class ScanResult:
                 taken = f"{side}" if side != "paper" else "columns of queries, keys and values, else of the rows"
                 lines += ["", f"PII of the {taken}, mean absolute cosine over all pairs", ""]
                 lines += markdown_table(("layer", *table.columns), body_lines(table) + footer_lines(table))
-        others = self.outside_table()
+        others, by_role = condensed(self.outside_table())
+        if by_role:
+            lines += ["", "Outside the table, by role", "", *markdown_table(CONDENSED, by_role)]
         if others:
             heads = ("name", "role", "vectors", "n", "d", "pii", "baseline", "ratio", "error")
             values = [[number(getattr(row, head)) for head in heads] for row in others]
             lines += ["", "Outside the table", "", *markdown_table(heads, values)]
         if self.skipped:
-            lines += [
-                "",
-                "Skipped",
-                "",
-                *markdown_table(("name", "reason"), [[s.name, s.reason] for s in self.skipped]),
-            ]
+            gathered = [[name, str(count), reason] for name, reason, count in page_data.reasons(self.skipped)]
+            lines += ["", "Skipped", "", *markdown_table(("name", "tensors", "reason"), gathered)]
         return "\n".join(lines).lstrip("\n") + "\n"
 
     def outside_table(self) -> list[Row]:

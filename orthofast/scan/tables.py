@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 VIEWS = ("rows", "cols", "paper")
 BY_COLUMNS = ("Query", "Keys", "Values")  # the sides of the paper's own script: columns of these, rows of the others
+CONDENSED = ("role", "vectors", "matrices", "mean", "min", "max", "baseline", "ratio")
+LISTED, MOST = 40, 400  # rows outside the table: so many are listed in any case, and at most so many
 VERSIONS = ("base", "merged", "delta")
 
 
@@ -73,6 +75,26 @@ def spread_of(rows: Iterable[Row]) -> Spread | None:
     values = [pii for pii, _ in known]
     baseline = statistics.fmean(base for _, base in known)
     return Spread(statistics.fmean(values), min(values), max(values), len(values), baseline)
+
+
+def condensed(rows: Sequence[Row]) -> tuple[list[Row], list[list[str]]]:
+    """Rows outside the table as a reader can take them in: a few one by one, of many those in layers by role.
+
+    Returns:
+        What is listed one by one, and lines of role, vectors, matrices, mean, min, max, baseline, ratio.
+    """
+    if len(rows) <= LISTED:
+        return list(rows), []
+    alone = [row for row in rows if row.layer is None or row.error]
+    lines = []
+    for side in ("rows", "cols"):
+        for role in roles_in(row.role for row in rows):
+            inside = [r for r in rows if (r.vectors, r.role) == (side, role) and r.layer is not None and not r.error]
+            spread = spread_of(inside)
+            if spread is not None:
+                values = (spread.mean, spread.min, spread.max, spread.baseline, spread.mean / spread.baseline)
+                lines.append([role, side, str(spread.count), *map(number, values)])
+    return alone[:MOST], lines
 
 
 def roles_in(roles: Iterable[str | None]) -> list[str]:

@@ -13,6 +13,7 @@ from scipy import stats
 
 from orthofast.errors import InputError
 from orthofast.scan import Row, ScanResult, Skipped, charts, page_data
+from orthofast.scan.tables import condensed
 from tests.scan import synthetic
 
 LARGEST = 2_000_000
@@ -106,6 +107,20 @@ def test_heads_experts_and_adapters_leave_the_tables_as_they_are(small: ScanResu
     spread = experts.table5("rows").spreads["0", "Linear_1.weight"]
     values = [r.pii for r in experts.rows if (r.role, r.vectors) == ("Linear_1.weight", "rows")]
     assert (spread.min, spread.max, spread.count) == (min(values), max(values), 4)
+
+
+def test_many_matrices_outside_the_table_are_told_by_role() -> None:
+    result = synthetic.experts(layers=4, count=8)
+    alone = Row("lm_head.weight", None, "Head", "rows", 9, 4, 0.5, 0.4, 1.25, 0, 0, None)
+    broken = Row("experts.9", "3", "Linear_1.gate", "rows", None, None, None, None, None, None, None, "torn")
+    result.rows += [alone, broken]
+    listed, lines = condensed(result.outside_table())
+    assert listed == [alone, broken]
+    values = [row.pii for row in result.rows if (row.role, row.vectors) == ("Linear_1.gate", "cols")]
+    assert ["Linear_1.gate", "cols", "32", f"{sum(values) / 32:.4f}"] in [line[:4] for line in lines]  # type: ignore[arg-type]
+    assert result.to_markdown().count("\n") < 80
+    few = ScanResult(result.rows[:6], [], {})
+    assert condensed(few.outside_table()) == (few.outside_table(), [])
 
 
 def test_the_papers_table_takes_columns_of_queries_keys_and_values(small: ScanResult) -> None:
