@@ -216,9 +216,9 @@ def test_spoilt_values_are_said_and_cost_nothing_else(spoilt: object, tmp_path: 
 
 
 def test_copies_are_folded_once_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    embed, layer, other = torch.randn(30, 16), torch.randn(16, 16), torch.randn(16, 16)
+    embed, layer, other = torch.randn(30, 16), torch.randn(48, 48), torch.randn(48, 48)
     near = layer.clone()
-    near[-1, -1] += 1
+    near[-1, -1] += 1  # behind the first 4 KiB
     tensors = {
         "embed_tokens.weight": embed,
         "layers.0.self_attn.q_proj.weight": layer,
@@ -339,24 +339,24 @@ def test_other_errors_of_a_fold_are_not_taken_for_short_memory(model: Path, monk
         scan_checkpoint(model)
 
 
-@pytest.mark.parametrize("gpu_mem", [None, 2 * MIB])
+@pytest.mark.parametrize("free", [150_000, 64 * MIB], ids=["a ring for some", "a ring for all"])
 @pytest.mark.parametrize("host_mem", [MIB, 64 * MIB])
 def test_a_device_gives_the_same_bits_and_nothing_is_read_early(
-    host_mem: int, gpu_mem: int | None, model: Path, monkeypatch: pytest.MonkeyPatch
+    host_mem: int, free: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = scan_checkpoint(model, heads=True)
     shrink(monkeypatch, 30_000, 4000)
     monkeypatch.setattr(folding, "DEVICE_CALL_FLOPS", 1.0)
-    device = FakeDevice()
+    device = FakeDevice(free)
     monkeypatch.setattr(provenance, "open_device", lambda _: device)
-    options = ScanOptions(host_mem=host_mem, gpu_mem=gpu_mem)
-    found = scan_checkpoint(model, heads=True, options=options)
+    found = scan_checkpoint(model, heads=True, options=ScanOptions(host_mem=host_mem, gpu_mem=2 * MIB))
     assert numbers(found) == numbers(whole)
     assert device.violations == []
     plan = make_plan(open_checkpoint(model))
     assert plan.nbytes <= device.copied_bytes <= plan.nbytes + 64 * len(plan.items)
     assert device.most_queued > 1
     assert device.pinned_bytes <= host_mem
+    assert device.ring_bytes <= free
 
 
 def test_slabs_and_ring_are_allocated_once_within_their_bounds(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
