@@ -219,7 +219,7 @@ def _of_spectra(measure: Measure, layer: LayerFactors, spectra: dict[str, Tensor
         return math.prod(float(value[0]) for value in values)
     tols = [getattr(layer, side).tol for side in _sides(measure.want)]
     if len(values) == 2:
-        return float(kronecker_condition_number(values[0], values[1], measure.p, tol=max(tols)).value)
+        return float(kronecker_condition_number(values[0], values[1], measure.p, tol=(tols[0], tols[1])).value)
     return float(condition_number(values[0], measure.p, tol=tols[0]).value)
 
 

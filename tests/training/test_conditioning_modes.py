@@ -172,6 +172,7 @@ def test_riding_on_steps_is_exact_and_switches_between_two_graphs(how: str, auto
         with tracker:
             train(forward, [1, 2], autocast=autocast, reentrant=recompute == "reentrant")
         assert_report(tracker.report(), [1, 2], autocast)
+        assert {row.n for row in tracker.report().layers.values()} == {18}  # none counted twice
     if counter:
         assert counter.frame_count == 3  # armed or not, without breaks; and what marks the start of a pass
     assert tracker.report().n == 18
