@@ -85,7 +85,7 @@ def scan_slowly(model: str, journal: str) -> None:
     scan_checkpoint(model, options=ScanOptions(journal=journal, resume=True, detail=True), heads=True)
 
 
-def scan_as_rank(model: str, out: str, port: int, rank: int, size: int, pause_s: float, resume: bool) -> None:
+def scan_as_rank(model: str, out: str, port: int, rank: int, size: int, pause_s: float, patience_s: float) -> None:
     """One rank of a team; writes what it got to a file with its number."""
     import torch.distributed as dist
 
@@ -96,8 +96,8 @@ def scan_as_rank(model: str, out: str, port: int, rank: int, size: int, pause_s:
     from orthofast.scan.readers.checkpoint import open_checkpoint
 
     slowly(pause_s)
-    team = Team(dist.TCPStore("127.0.0.1", port, is_master=False), rank, size, patience_s=1.5)
-    options = ScanOptions(journal=f"{out}/scan.journal", resume=resume)
+    team = Team(dist.TCPStore("127.0.0.1", port, is_master=False), rank, size, patience_s=patience_s)
+    options = ScanOptions(journal=f"{out}/scan.journal")
     text = measure(make_plan(open_checkpoint(model)), options=options, team=team).to_json()
     part = Path(out) / f"result{rank}.part"
     part.write_text(text)
