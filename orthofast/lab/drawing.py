@@ -67,6 +67,7 @@ def declaration(figure: Figure, title: str, seeds: int, *, dark: bool = False) -
                 "titleColor": theme["soft"],
                 "titleFontWeight": "normal",
                 "labelFontSize": 11,
+                "labelFlush": False,
                 "titleFontSize": 12,
                 "domainColor": theme["soft"],
                 "tickColor": theme["soft"],
@@ -131,7 +132,7 @@ def _lines(panel: Panel, names: list[str], x_axis: Spec, y_axis: Spec, colour: S
         {
             "transform": [ours],
             "mark": {"type": "area", "opacity": 0.2},
-            "encoding": {"x": x_axis, "y": band_y, "y2": {"field": "high"}, "color": colour | {"legend": None}},
+            "encoding": {"x": x_axis, "y": band_y, "y2": {"field": "high"}, "fill": colour | {"legend": None}},
         },
         {
             "transform": [ours],
