@@ -26,7 +26,7 @@ from orthofast.commands.scan import (
     Vectors,
     run,
 )
-from orthofast.commands.terminal import line, print_lines, progress_bar
+from orthofast.commands.terminal import line, print_lines, progress_bar, small
 from orthofast.scan.comparison import Comparison, compare, comparison_form
 from orthofast.scan.diffing import compare_checkpoints
 from orthofast.scan.plan import Plan, layer_numbers, make_plan
@@ -132,7 +132,7 @@ def _print(comparison: Comparison, long: bool) -> None:
 
     def tail(found: object) -> list[str]:
         values = [("drift", with_drift), ("relative_change", with_size)]
-        return [_small(getattr(found, name)) for name, there in values if there]
+        return [small(getattr(found, name)) for name, there in values if there]
 
     if long:
         heads = ["name", "layer", "role", "vectors", "status", "before", "after", "change", *extra]
@@ -196,7 +196,3 @@ def _print(comparison: Comparison, long: bool) -> None:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
             line(f"{title}: {', '.join(names[:LISTED])}{more}")
     line(", ".join(f"{count} {status}" for status, count in comparison.counts().items()) or "nothing to compare")
-
-
-def _small(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"

@@ -11,9 +11,10 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from orthofast.scan.comparison import versions_of
 from orthofast.scan.pipeline import Progress
 from orthofast.scan.result import Row, ScanResult, Table5
-from orthofast.scan.tables import CONDENSED, body_lines, condensed, footer_lines, number, printable
+from orthofast.scan.tables import CONDENSED, body_lines, condensed, footer_lines, number, percent, printable
 
 TITLES = {
     "rows": "rows: one vector per output",
@@ -88,11 +89,7 @@ def print_result(result: ScanResult, long: bool) -> None:
             table = result.table5(side)
             if table.layers:
                 print_table5(out, table)
-        if any(row.adapter == "merged" for row in result.rows):
-            for side in result.sides():
-                table = result.table5(side, "merged")
-                if table.layers:
-                    print_table5(out, table, "merged with the adapter, ")
+        _print_adapter(result)
         outside = result.outside_table()
         listed, by_role = condensed(outside)
         if by_role:
@@ -101,6 +98,31 @@ def print_result(result: ScanResult, long: bool) -> None:
             print_matrices(out, listed, "outside the table")
     print_skipped([(entry.name, entry.reason) for entry in result.skipped])
     line(_closing(result))
+
+
+def _print_adapter(result: ScanResult) -> None:
+    """What an adapter made of its base, by role; nothing where none was scanned."""
+    found = versions_of(result)
+    shifts = found.by_role() if found is not None else {}
+    delta = result.summary("delta")
+    lines = []
+    for role, side in dict.fromkeys((role, side) for side, role in (*shifts, *delta)):
+        shift, alone = shifts.get((side, role)), delta.get((side, role))
+        cells = [role, side, str(shift.count if shift is not None else alone.count if alone is not None else 0)]
+        if shift is None:  # an initialisation that changed the base: there is nothing to merge with
+            cells += [""] * 5
+        else:
+            cells += [number(shift.before), number(shift.after), percent(shift.mean)]
+            cells += [small(shift.drift), small(shift.relative_change)]
+        lines.append([*cells, number(alone.mean) if alone is not None else ""])
+    if lines:
+        heads = ["role", "vectors", "matrices", "base", "merged", "change", "drift", "|dW|/|W|", "delta alone"]
+        print_lines("PII of the base and merged with the adapter, by role; --long lists every matrix", heads, lines)
+
+
+def small(value: float | None) -> str:
+    """A small number for people: three digits that count."""
+    return "" if value is None else f"{value:.3g}"
 
 
 def print_skipped(skipped: Sequence[tuple[str, str]]) -> None:
@@ -113,7 +135,7 @@ def print_skipped(skipped: Sequence[tuple[str, str]]) -> None:
         line(f"skipped {len(skipped)} tensors: " + "; ".join(f"{count} {reason}" for reason, count in reasons.items()))
 
 
-def print_table5(out: Console, table: Table5, version: str = "") -> None:
+def print_table5(out: Console, table: Table5) -> None:
     """The layers x roles table of one side; the colour tells the ratio to the baseline."""
     lines, footer = body_lines(table), footer_lines(table)
     ratios = [[None, *(table.ratios.get((layer, column)) for column in table.columns)] for layer in table.layers]
@@ -124,7 +146,7 @@ def print_table5(out: Console, table: Table5, version: str = "") -> None:
             return Text(found[column], style="dim" if found[0] != "ratio" else "bold")
         return Text(lines[row][column], style=_heat(ratios[row][column]))
 
-    title = f"PII, {version}{TITLES[table.vectors]}; ratio = mean / baseline"
+    title = f"PII, {TITLES[table.vectors]}; ratio = mean / baseline"
     print_grid(out, title, ["layer", *table.columns], cells, (len(lines), len(footer)))
 
 

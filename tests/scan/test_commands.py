@@ -21,6 +21,7 @@ from orthofast.scan.journal import Journal
 from orthofast.scan.plan import Item, make_plan
 from orthofast.scan.readers.checkpoint import open_checkpoint
 from orthofast.scan.reading import Files
+from tests.scan import synthetic
 from tests.scan.checkpoints import FAMILIES, make_tensors, numpy_pii, write
 
 HEADS = 4
@@ -271,3 +272,24 @@ def test_doctor_knows_devices_extras_and_how_fast_files_are_read(runner: CliRunn
     assert "reading" not in invoke(runner, "doctor", "--no-probe").stdout
     assert invoke(runner, "doctor", tmp_path / "absent").exit_code == 2
     assert torch.__version__ in done.stdout
+
+
+def test_what_an_adapter_made_of_its_base_is_told_by_role(runner: CliRunner, tmp_path: Path) -> None:
+    result = synthetic.adapted(layers=2)
+    result.write(tmp_path / "adapted.json")
+    done = invoke(runner, "report", tmp_path / "adapted.json")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    heads = lines.index(
+        ["role", "vectors", "matrices", "base", "merged", "change", "drift", "|dW|/|W|", "delta", "alone"]
+    )
+    shown = {(line[0], line[1]): line for line in lines[heads + 1 : heads + 5]}
+    assert set(shown) == {(role, side) for role in ("Query", "Values") for side in ("rows", "cols")}
+    merged = [row for row in result.rows if (row.adapter, row.role, row.vectors) == ("merged", "Query", "rows")]
+    assert shown["Query", "rows"][4] == f"{sum(row.pii or 0 for row in merged) / 2:.4f}"
+    assert shown["Query", "rows"][7] == f"{sum(row.drift or 0 for row in merged) / 2:.3g}"
+    assert "with the adapter" not in invoke(runner, "report", tmp_path / "adapted.json", "--long").stdout
+    result.rows = [row for row in result.rows if row.adapter != "merged"]
+    result.write(tmp_path / "delta.json")
+    lines = [line.split() for line in invoke(runner, "report", tmp_path / "delta.json").stdout.splitlines()]
+    mean = result.summary("delta")["rows", "Query"].mean
+    assert ["Query", "rows", "2", f"{mean:.4f}"] in lines
