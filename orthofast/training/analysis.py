@@ -54,8 +54,8 @@ def conditioning(
 
     Args:
         model: any; DDP and FSDP2 models are measured over all their processes, which must all make this call.
-        loader: of (inputs, targets); of dictionaries, which the model takes as keywords and the loss as targets; or
-            of inputs alone. Batches are moved to the model's device.
+        loader: of (inputs, targets); of dictionaries, which the model takes as keywords and a loss of your own as
+            targets, a known one only their "labels"; or of inputs alone. Batches are moved to the model's device.
         loss: ``loss(outputs, targets)``, the mean or sum of its terms: torch's ``nn.CrossEntropyLoss()``,
             ``nn.MSELoss()``, ``nn.BCEWithLogitsLoss()``, their functions, or a function of your own; or
             "cross_entropy" (classes along the last dimension), "mse", "binary_cross_entropy".
@@ -155,6 +155,8 @@ class _Pass:
     def batch(self, batch: Any) -> None:
         taps, labels, first = self.taps, self.labels, self._first
         inputs, targets = _split_batch(_moved(batch, self.device))
+        if labels.kind and isinstance(targets, Mapping):
+            targets = targets.get("labels")
         mask = None if self.how.mask is None else self.how.mask(batch).to(self.device, torch.bool)
         taps.begin(mask, keep_inputs=first)
         outputs = _called(self.model, inputs)

@@ -86,7 +86,7 @@ class Labels:
         if targets is None:
             raise InputError("loader gives no targets, which the loss needs; yield (inputs, targets)")
         if not isinstance(self.loss, str):
-            value: Tensor = self.loss(outputs, targets)
+            value: Tensor = self.loss(tensor_of(outputs) if self.kind else outputs, targets)
         elif self.kind == "cross_entropy":
             logits = tensor_of(outputs)
             value = functional.cross_entropy(logits.flatten(0, -2), targets.flatten())

@@ -8,7 +8,7 @@ from tests.distributed import claims_conditioning as claims
 from tests.distributed.ranks import Ranks
 
 
-@pytest.mark.parametrize(("kind", "labels"), [("ddp", "exact"), ("fsdp", "exact"), ("fsdp", "empirical")])
+@pytest.mark.parametrize(("kind", "labels"), [("ddp", "exact"), ("fsdp", "empirical")])
 def test_a_pass_of_its_own_adds_up_all_rows(ranks: Ranks, kind: str, labels: str) -> None:
     seen = ranks(claims.a_pass_over_all_ranks_is_that_of_one_process, kind, labels)
     assert all(values == seen[0] for values in seen)
