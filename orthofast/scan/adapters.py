@@ -190,13 +190,7 @@ class _Joining:
         for name, extent in self._adapter.whole.items():
             self._replace(name, extent)
         if not self._matched:
-            first = next(iter((*updates, *self._adapter.whole)), "")
-            raise CheckpointError(
-                f"the adapter {self._config.name} does not belong to this base: of its {len(updates)} modules none is "
-                f"there, such as {first!a}"
-                if first
-                else f"the adapter {self._config.name} holds no update"
-            )
+            raise CheckpointError(self._foreign([*updates, *self._adapter.whole]))
         plan, catalog = self._plan, self._adapter.catalog
         refusal = self._config.refusal
         notes = [*plan.catalog.notes, *catalog.notes, *([refusal] if refusal else [])]
@@ -216,6 +210,15 @@ class _Joining:
             adapter=self._facts(),
             unmerged=self._unmerged,
         )
+
+    def _foreign(self, names: list[str]) -> str:
+        """One sentence on an adapter of which nothing fits."""
+        name = self._config.name
+        if names:
+            some = f"such as {names[0]!a}"
+            return f"the adapter {name} does not belong to this base: of its {len(names)} modules none is there, {some}"
+        broken = list(dict.fromkeys(fault.error for fault in self._adapter.faults))
+        return f"the adapter {name} holds no update" + (f": {broken[0]}" if broken else "")
 
     def _facts(self) -> dict[str, object]:
         config = self._config
@@ -294,7 +297,8 @@ class _Joining:
         rank, shape = self._config.rank_of(key), weight.shape
         stacked = len(shape) == 3 and matrix.stack > 0
         count = shape[0] if stacked else 1
-        if min(len(a), len(b)) < 2 or (len(shape) != 2 and not stacked and not matrix.role.startswith("Conv")):
+        axes = 2 if stacked else len(shape)
+        if len(a) != axes or len(b) != axes or not (axes == 2 or matrix.role.startswith("Conv")):
             return f"lora_A {list(a)} and lora_B {list(b)} of {path} make no update of a weight of shape {list(shape)}"
         if a[0] != b[1] or any(size != 1 for size in b[2:]):
             return f"lora_A {list(a)} and lora_B {list(b)} of {path} have different ranks"

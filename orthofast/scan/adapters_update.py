@@ -153,10 +153,14 @@ def _merge(base: Tensor, result: Tensor, left: Tensor, right: Tensor, update: Up
     left, right = left.to(base.device, work), right.to(base.device, work)
     values = CPU_VALUES if base.device.type == "cpu" else GPU_VALUES
     step = max(1, values // max(1, base.shape[1]))
+    scale = torch.tensor(update.scale, dtype=torch.float64).to(base.device, work)  # infinite if it must
 
     def summed(start: int) -> Tensor:
         """(rows of the block, columns): base plus update."""
-        return torch.add(base[start : start + step].to(work), left[start : start + step] @ right, alpha=update.scale)
+        block = left[start : start + step] @ right
+        block *= scale
+        block += base[start : start + step].to(work)
+        return block
 
     lengths = None if magnitude is None else magnitude.to(base.device, work).reshape(-1)
     factor = None
