@@ -11,7 +11,7 @@ from orthofast.scan.decoders import decoded_bytes, decoded_dtype
 from orthofast.scan.devices import Device
 from orthofast.scan.engines import (
     AHEAD,
-    READERS,
+    DEVICE_READERS,
     REGION_ALIGNMENT,
     DeviceStaging,
     Engine,
@@ -26,7 +26,7 @@ from orthofast.scan.reading import ALIGNMENT, READ_BYTES, scratch_bytes
 
 HOST_GROUP_BYTES = 64 << 20  # weights handed to the fold together
 DEVICE_GROUP_BYTES = 256 << 20
-SLABS = 4 * READERS  # one being read, one being emptied for each reader, and as many again
+SLABS = 3 * DEVICE_READERS  # one being read and one being emptied for each, and as many again
 FREE_FRAC = 0.8  # of a GPU's free memory that a scan takes at most
 
 
@@ -120,7 +120,10 @@ def open_engine(
     if device is None:
         return PositionalEngine(HostStaging(options.host_mem, budget.group), memory=memory), budget
     staging, budget = _device_staging(device, budget)
-    return PositionalEngine(staging, window_bytes=budget.slab, memory=memory, device=device.device), budget
+    engine = PositionalEngine(
+        staging, window_bytes=budget.slab, memory=memory, device=device.device, readers=DEVICE_READERS
+    )
+    return engine, budget
 
 
 def _device_staging(device: Device, budget: Budget) -> tuple[DeviceStaging, Budget]:

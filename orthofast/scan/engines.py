@@ -27,6 +27,7 @@ from orthofast.scan.slabs import Event, Ring, Slabs
 AHEAD = 2  # groups read while one is folded
 REGION_ALIGNMENT = 256  # of a group in a ring: what allocators of devices give
 READERS = 4  # threads that wait for disks; the processor's time goes to the fold
+DEVICE_READERS = 8  # where it does not, and copies are faster than one disk
 
 Parts = dict[str, Tensor]
 
@@ -212,6 +213,7 @@ class PositionalEngine:
         window_bytes: bytes that one thread reads in one go, a slab where there are slabs.
         memory: tensors that need no reading, by name.
         device: where those go before they are folded.
+        readers: threads.
     """
 
     def __init__(
@@ -221,13 +223,14 @@ class PositionalEngine:
         window_bytes: int = READ_BYTES,
         memory: Mapping[str, Tensor] | None = None,
         device: torch.device | None = None,
+        readers: int = READERS,
     ) -> None:
         self.read_s = 0.0
         self._staging, self._window_bytes = staging, window_bytes
         self._memory, self._device = memory or {}, device
         self._files = Files()
         self._lock = threading.Lock()
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="orthofast-read")
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="orthofast-read")
 
     def groups(self, batches: Iterable[list[Item]]) -> Iterator[Group | None]:
         """Each batch as a group, in order; None when a group must be released before the next can be had."""
