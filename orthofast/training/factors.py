@@ -188,7 +188,7 @@ class LayerFactors:
         rows = _reduced(x, keep, "mean") if self.how.sharing == "reduce" else _flat(x, keep)
         self.positions = max(1, len(rows) // max(1, len(x))) if x.dim() > 1 else 1
         drawn = self._drawn(len(rows))
-        self.x.update(rows if drawn is None else rows[drawn.to(rows.device)])
+        self.x.update(rows if drawn is None else rows.index_select(0, drawn.to(rows.device)))
         return drawn
 
     def add_gradient(
@@ -213,7 +213,7 @@ class LayerFactors:
         if drawn is None:
             self.g.update(rows, weight=scale, count=0.0)
         else:
-            self.g.update(rows[drawn.to(rows.device)], weight=scale * len(rows) / len(drawn), count=0.0)
+            self.g.update(rows.index_select(0, drawn.to(rows.device)), weight=scale * len(rows) / len(drawn), count=0.0)
 
     def add_terms(self, terms: float) -> None:
         """Count terms of the loss, which Sigma_g is divided by."""
@@ -231,7 +231,7 @@ class LayerFactors:
             return rows, 1.0
         count = max(1, round(share * len(rows)))
         drawn = torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)
-        return rows[drawn], len(rows) / count
+        return rows.index_select(0, drawn), len(rows) / count
 
     def _patches(self) -> bool:
         """Whether this convolution's inputs are measured without unfolding them."""

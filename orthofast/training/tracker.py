@@ -7,6 +7,7 @@ operator per tensor, in the graph of armed steps only.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import weakref
@@ -261,7 +262,9 @@ class CovarianceTracker:
                 slot.calls = []
             return
         slot, started = self._slots[at], time.perf_counter()
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        full = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+        with torch.no_grad(), full:
             if gradient:
                 self._see_gradient(slot, x.detach())
             else:
