@@ -16,6 +16,7 @@ from torch import Tensor
 from orthofast.errors import CheckpointError, InputError
 from orthofast.kernels import Sample
 from orthofast.kernels.sampling import checked_sample
+from orthofast.scan.adapters_update import BASE
 from orthofast.scan.budgets import budget_for, working_bytes
 from orthofast.scan.decoders import decode, decoded_dtype
 from orthofast.scan.devices import Device, open_device
@@ -123,7 +124,8 @@ def _flops(job: Job, sample: Sample | None) -> float:
     pairs = job.n * (job.n - 1) / 2
     if sample is not None:
         pairs = min(pairs, sample.pairs)
-    return max(job.heads, 1) * 2 * pairs * job.d
+    again = 4 if job.version == BASE else 1  # merged, and the drift, which takes two folds
+    return again * max(job.heads, 1) * 2 * pairs * job.d
 
 
 Rates = dict[tuple[object, ...], float]  # kind of job -> operations a second; () for all others

@@ -50,7 +50,7 @@ class Row:
         role: one of ``roles.ROLES``; None for a file that cannot be read.
         vectors: "rows" or "cols" of the (out, in) matrix.
         n: number of vectors.
-        d: their length.
+        d: their length; of an adapter's delta its rank, the length its vectors have in the space they span.
         pii: mean absolute cosine over all pairs; None where it is undefined or failed.
         baseline: mean absolute cosine of isotropic random vectors of length ``d``.
         ratio: pii / baseline.

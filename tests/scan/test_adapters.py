@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from orthofast.cli import app
 from orthofast.kernels import Sample
-from orthofast.scan import ScanOptions, reading, scan_checkpoint
+from orthofast.scan import ScanOptions, adapters_update, reading, scan_checkpoint
 from orthofast.scan.adapters import open_adapter, with_adapter
 from orthofast.scan.adapters_update import Factors, Update, merge
 from orthofast.scan.plan import make_plan
@@ -273,10 +273,11 @@ def test_a_merged_weight_is_rounded_once_to_the_type_of_its_base(dtype: torch.dt
         assert found.pii == pytest.approx(row.pii, abs=3e-4 if wide == torch.bfloat16 else 1e-6)
 
 
-def test_only_one_merged_weight_is_made_beside_its_base() -> None:
+def test_only_one_merged_weight_is_made_beside_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of the sum come and go; what stays is the result."""
-    weight = torch.randn(4096, 1024)
-    a, b = torch.randn(8, 1024), torch.randn(4096, 8)
+    monkeypatch.setattr(adapters_update, "CPU_VALUES", 1 << 12)
+    weight = torch.randn(128, 256)
+    a, b = torch.randn(8, 256), torch.randn(128, 8)
     made: list[tuple[int, int]] = []
 
     class Sizes(TorchDispatchMode):
