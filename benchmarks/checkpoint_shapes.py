@@ -87,7 +87,7 @@ MODELS = {
     "deepseek-v3": DEEPSEEK,
     # the same trees at sizes for tests and short runs
     "llama-500m": Shapes("llama", 1024, 14, 4096, 32000, 16, 4, head_dim=64),
-    "llama-90m": Shapes("llama", 768, 6, 2048, 4096, 12, 4, head_dim=64),
+    "llama-30m": Shapes("llama", 512, 4, 1408, 2048, 8, 2, head_dim=64),
     "llama-small": Shapes("llama", 256, 3, 768, 512, 8, 2, head_dim=32),
     "mixtral-small": Shapes("mixtral", 128, 2, 256, 320, 4, 2, head_dim=32, experts=4, expert_inner=192),
     "deepseek-small": Shapes(
