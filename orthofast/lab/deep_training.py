@@ -113,8 +113,8 @@ def _verdict5(raws: Sequence[Raw]) -> Verdict:
         ]
     return judge(
         checks,
-        "V' is the slice of the paper, whose rows are not quite orthogonal. With an exactly orthogonal V', measured apart, "
-        "networks of depth 30 and 60 diverged at this rate.",
+        "V' is the slice of the paper, whose rows are not quite orthogonal. With an exactly orthogonal V', measured "
+        "apart, networks of depth 30 and 60 diverged at this rate.",
     )
 
 

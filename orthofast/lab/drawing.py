@@ -41,9 +41,10 @@ def declaration(figure: Figure, title: str, seeds: int, *, dark: bool = False) -
     levels = list(dict.fromkeys(name for panel in figure.panels for name, _ in panel.levels))
     theme = DARK if dark else LIGHT
     band = "one seed" if seeds == 1 else f"mean of {seeds} seeds, band from least to largest"
-    subtitle = [*_wrapped(figure.caption, 60 * max(1, min(2, len(figure.panels)))), band]
+    subtitle = [*_wrapped(figure.caption, 110 if len(figure.panels) > 1 else 76), band]
     width = ALONE if len(figure.panels) == 1 else WIDTH
-    panels = [_panel(panel, names, levels, width, dark) for panel in figure.panels]
+    first = next((panel for panel in figure.panels if panel.kind != "cells"), None)
+    panels = [_panel(panel, names, levels, width, dark, panel is first) for panel in figure.panels]
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "title": {"text": title, "subtitle": subtitle, "anchor": "start", "offset": 12},
@@ -51,7 +52,8 @@ def declaration(figure: Figure, title: str, seeds: int, *, dark: bool = False) -
         "columns": 2,
         "spacing": 28,
         "background": theme["page"],
-        "resolve": {"scale": {"color": "shared", "shape": "shared", "strokeDash": "shared"}},
+        # domains and ranges are alike everywhere, so that one legend serves
+        "resolve": {"scale": {"color": "independent", "shape": "independent", "strokeDash": "independent"}},
         "config": {
             "font": "DejaVu Sans, Helvetica, Arial, sans-serif",
             "view": {"stroke": None},
@@ -98,12 +100,12 @@ def pictures(figure: Figure, title: str, seeds: int) -> dict[str, str | bytes]:
     }
 
 
-def _panel(panel: Panel, names: list[str], levels: list[str], across: int, dark: bool) -> Spec:
+def _panel(panel: Panel, names: list[str], levels: list[str], across: int, dark: bool, legend: bool) -> Spec:
     if panel.kind == "cells":
         return _cells(panel, dark)
     values = [row for one in panel.series for row in _rows(one, panel)]
     drawn: Spec = {"title": {"text": panel.title, "fontSize": 12, "anchor": "middle"}} if panel.title else {}
-    colour = _scaled("series", names, DARK_COLOURS if dark else COLOURS)
+    colour = _scaled("series", names, DARK_COLOURS if dark else COLOURS, legend)
     x_kind = "nominal" if panel.kind == "bars" else "quantitative"
     x_axis: Spec = {"field": "x", "type": x_kind, "title": panel.x, "scale": {"nice": False, "zero": False}}
     y_axis: Spec = {"field": "y", "type": "quantitative", "title": panel.y, "scale": {"zero": panel.kind == "bars"}}
@@ -114,7 +116,7 @@ def _panel(panel: Panel, names: list[str], levels: list[str], across: int, dark:
     if panel.kind == "bars":
         layers = _bars(panel, x_axis, y_axis, colour)
     else:
-        layers = _lines(panel, names, x_axis, y_axis, colour)
+        layers = _lines(panel, names, x_axis, y_axis, colour, legend)
     layers += [_level(name, y, levels, dark) for name, y in panel.levels]
     width: Any = across
     if panel.kind == "bars":
@@ -122,12 +124,12 @@ def _panel(panel: Panel, names: list[str], levels: list[str], across: int, dark:
     return drawn | {"data": {"values": values}, "layer": layers, "width": width, "height": HEIGHT}
 
 
-def _lines(panel: Panel, names: list[str], x_axis: Spec, y_axis: Spec, colour: Spec) -> list[Spec]:
-    dash = _scaled("series", names, DASHES)
-    shape = _scaled("series", names, SHAPES)
+def _lines(panel: Panel, names: list[str], x_axis: Spec, y_axis: Spec, colour: Spec, shown: bool) -> list[Spec]:
+    dash = _scaled("series", names, DASHES, shown and not panel.points)
+    shape = _scaled("series", names, SHAPES, shown)
     ours, theirs = {"filter": "!datum.published"}, {"filter": "datum.published"}
     band_y = y_axis | {"field": "low"}
-    legend: Spec = {} if panel.points else {"legend": {"symbolType": "stroke"}}
+    legend: Spec = {"legend": {"symbolType": "stroke", "symbolSize": 500}} if shown and not panel.points else {}
     layers: list[Spec] = [
         {
             "transform": [ours],
@@ -244,9 +246,10 @@ def _rows(series: Series, panel: Panel) -> list[dict[str, Any]]:
     return rows
 
 
-def _scaled(field: str, domain: list[str], values: Sequence[Any]) -> Spec:
+def _scaled(field: str, domain: list[str], values: Sequence[Any], legend: bool) -> Spec:
     spread = [values[index % len(values)] for index in range(len(domain))]
-    return {"field": field, "type": "nominal", "title": None, "scale": {"domain": domain, "range": spread}}
+    found: Spec = {"field": field, "type": "nominal", "title": None, "scale": {"domain": domain, "range": spread}}
+    return found if legend else found | {"legend": None}
 
 
 def _wrapped(text: str, width: int) -> list[str]:
