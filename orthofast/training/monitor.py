@@ -65,7 +65,7 @@ class Monitor:
     dying_frac full_frac  activations  :mod:`orthofast.metrics.neurons`, of ReLU modules; without any, of all outputs
     bn_rate               statistics   alpha of batch norm, from running variances, the mean over its neurons
     lambda_max_x, _g, _F  covariances  largest eigenvalue of the inputs', the output gradients' covariance, and both's
-    kappa_x_50, _80, ...  covariances  their condition number kappa_p, p = 50 % or 80 %; also kappa_g_, kappa_F_
+    kappa_x_50, _80, ...  covariances  their condition number kappa_p, p = 50 % or 80 %; and kappa_g, kappa_F
     last_lambda_max_x     covariances  of the layer called last alone; also last_lambda_max_F, largest second moment of
                                        its weight's gradient
     last_weight_norm      weights      Frobenius norm of the last layer's weight
