@@ -13,6 +13,7 @@ from pathlib import Path
 
 from orthofast.errors import CheckpointError, InputError
 from orthofast.scan.adapters_config import AdapterConfig, read_config
+from orthofast.scan.adapters_experts import Factored, by_role, experts_one_by_one
 from orthofast.scan.adapters_names import Names
 from orthofast.scan.adapters_update import ADDED, LORA, MAGNITUDE, REPLACED, REPLACEMENT, UPDATE, A, B, Update
 from orthofast.scan.catalog import TORCH_DTYPES, Catalog, Extent, Fault
@@ -22,7 +23,7 @@ from orthofast.scan.readers import hub
 from orthofast.scan.readers.checkpoint import CONFIG_LIMIT_BYTES, open_checkpoint
 from orthofast.scan.readers.files import is_folder, listed, read_json
 from orthofast.scan.readers.folder import ADAPTER_CONFIG, ADAPTERS
-from orthofast.scan.roles import ROLES, Reading, Roles
+from orthofast.scan.roles import Reading, Roles
 from orthofast.scan.weights import PLAIN, Weight
 
 START = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
@@ -30,28 +31,6 @@ PART = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(
 KINDS = {"lora_A": A, "lora_B": B, "lora_embedding_A": A, "lora_embedding_B": B, "lora_magnitude_vector": MAGNITUDE}
 SAVED = re.compile(r"\.(modules_to_save(\.[^.]+(?=\.))?|base_layer)(?=\.)")
 INDEXES = tuple(f"{name}.index.json" for name in ADAPTERS)
-
-
-@dataclass(slots=True)
-class Factored:
-    """The factors of one module.
-
-    Attributes:
-        path: of the module in the model.
-        depth: wrappers around it: 0 for the outermost of several adapted parameters of one module.
-        embedding: whether they are those of an embedding, which is stored as (inputs, outputs).
-        parts: role -> extent.
-    """
-
-    path: str
-    depth: int
-    embedding: bool = False
-    parts: dict[str, Extent] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Of a tensor that tells where it is."""
-        return next(iter(self.parts.values())).name
 
 
 @dataclass(slots=True)
@@ -243,11 +222,18 @@ class _Joining:
             self._attach(found, path, group)
             return
         found = self._names.parameters(path, self._config.parameters)
-        if len(found) != len(group):
-            for update in group:
-                self._fail(update, f"{self._names.why_not(path)}")
+        if len(found) == len(group):
+            self._attach(found, path, group)
             return
-        self._attach(found, path, group)
+        changes = experts_one_by_one(path, group, self._config, self._items.values(), self._roles)
+        if not changes:
+            for update in group:
+                self._fail(update, self._names.why_not(path))
+            return
+        self._matched += 1
+        for item, parts, change in changes:
+            self._items[item.weight.name] = self._with(item, parts, change)
+        self._counts[LORA] += len(changes)
 
     def _attach(self, names: list[str], path: str, group: list[Factored]) -> None:
         self._matched += 1
@@ -257,7 +243,7 @@ class _Joining:
         items = [self._items.get(name) for name in names]
         if any(item is None for item in items):
             return  # not selected, or a row with its own error
-        known = sorted((item for item in items if item is not None), key=_order)
+        known = sorted((item for item in items if item is not None), key=by_role)
         inner = sorted(group, key=lambda update: -update.depth)
         orders = list(permutations(inner))
         tried = [[self._update(i, path, u) for i, u in zip(known, order, strict=True)] for order in orders]
@@ -354,9 +340,3 @@ class _Joining:
     def _reading(self, fault: Fault, path: str | None = None) -> Reading:
         name = path if path is not None else START.sub("", fault.name)
         return Reading("") if fault.whole_file else self._roles.read(f"{name}.weight", fault.shape or ())
-
-
-def _order(item: Item) -> tuple[int, tuple[tuple[int, int, str], ...]]:
-    """Inputs of a block before its outputs: the order in which models make their parameters."""
-    role = item.matrices[0].role
-    return ROLES.index(role) if role in ROLES else len(ROLES), natural(item.weight.name)

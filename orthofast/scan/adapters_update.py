@@ -38,6 +38,8 @@ class Update:
         transposed: whether (B A)^T and not B A has the stored shape.
         experts: matrices whose factors lie in A (experts * r, in) and B (out, r * experts); 0 for one.
         merges: whether base plus update is a weight that was trained.
+        only: the one of the experts that the weight is, where the base stores them one by one; None elsewhere.
+        rows: of B that belong to it: from, to; where the model fuses what the base keeps apart.
     """
 
     kind: str
@@ -46,6 +48,8 @@ class Update:
     transposed: bool = False
     experts: int = 0
     merges: bool = True
+    only: int | None = None
+    rows: tuple[int, int] = (0, 0)
 
 
 def update_of(weight: Weight) -> Update | None:
@@ -90,10 +94,14 @@ class Factors:
 
     def stored(self, expert: int) -> tuple[Tensor, Tensor]:
         """Left (x, r) and right (r, y) factor of a stored (x, y) matrix; kernels flat per filter."""
-        a, b = self.a, self.b
-        if self.update.experts:
-            a = a.reshape(self.update.experts, -1, a.shape[-1])[expert]
-            b = b.reshape(b.shape[0], -1, self.update.experts)[:, :, expert]
+        a, b, update = self.a, self.b, self.update
+        if update.experts:
+            expert = expert if update.only is None else update.only
+            if a.shape[0] != update.rank:  # not of this expert alone
+                a = a.reshape(update.experts, -1, a.shape[-1])[expert]
+            b = b.reshape(b.shape[0], -1, update.experts)[:, :, expert]
+        if update.only is not None:
+            b = b[slice(*update.rows)]
         a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
         return (a.T, b.T) if self.update.transposed else (b, a)
 
@@ -137,7 +145,7 @@ def merge(base: Tensor, factors: Factors, magnitude: Tensor | None = None, exper
         expert: whose factors, where ``base`` is a stack of that one alone.
     """
     result = torch.empty(base.shape, dtype=merged_dtype(base.dtype), device=base.device)
-    if factors.update.experts:
+    if factors.update.experts and factors.update.only is None:
         for index in range(len(base)):
             left, right = factors.stored(index if expert is None else expert)
             _merge(base[index], result[index], left, right, factors.update, None)
