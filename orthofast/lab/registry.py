@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from orthofast.errors import InputError
-from orthofast.lab import absent, batchnorm_regularization, deep_training, representations
+from orthofast.lab import absent, batchnorm_regularization, deep_training, independence, representations
 from orthofast.lab.experiment import Absent, Experiment
 
-ROOMS = (representations, deep_training, batchnorm_regularization)
+ROOMS = (independence, representations, deep_training, batchnorm_regularization)
+S0 = (
+    *("T1", "T1b", "T2", "T3", "T4", "T5", "T5b", "F1", "F1b", "F2"),
+    *("A1", "A2", "A3", "A4", "M1", "M2", "M3", "X1", "X2", "X3"),
+)
 ORDER = (
-    *(f"S0-{key}" for key in ("T1", "T2", "T3", "T4", "T5", "F1", "F2", "A1", "A2", "A3", "A4", "M1", "M2", "M3")),
+    *(f"S0-{key}" for key in S0),
     *(f"S1-{key}" for key in ("F1", "F2a", "F2b", "F3", "T1", "F4a", "F4b", "F5", "F6", "F6b", "F7", "X1", "X2", "X3")),
     *(f"S2-{key}" for key in ("F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "T1", "T1b", "T2", "X1", "X2", "X3")),
     *(f"S3-{key}" for key in ("T1", "F1", "F2", "T2")),
