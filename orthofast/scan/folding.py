@@ -121,6 +121,7 @@ class Fetch:
         ready: when it may be read; None at once.
         shapes: (field, elements) in the order of ``values``.
         changes: (sets, 2) drift and relative change from the base, of merged weights.
+        changes_ready: when they may be read, likewise.
     """
 
     jobs: list[Job]
@@ -128,6 +129,7 @@ class Fetch:
     ready: Event | None = None
     shapes: list[tuple[str, int]] = field(default_factory=list)
     changes: Tensor | None = None
+    changes_ready: Event | None = None
 
 
 def jobs_of(item: Item, settings: Settings, index: int = 0) -> Iterator[Job]:
@@ -197,10 +199,11 @@ class Folder:
         """The rows of each job, one per set of vectors; waits for the values."""
         if isinstance(fetch.values, str):
             return [(job, [] if job.heads else [_failed(job, fetch.values)]) for job in fetch.jobs]
-        if fetch.ready is not None:
-            began = time.perf_counter()
-            fetch.ready.synchronize()
-            self.fold_s += time.perf_counter() - began
+        for ready in (fetch.ready, fetch.changes_ready):
+            if ready is not None:
+                began = time.perf_counter()
+                ready.synchronize()
+                self.fold_s += time.perf_counter() - began
         record = _unpacked(fetch)
         pii = pii_from(record).tolist()
         fields = {name: value.tolist() for name in SCALARS if (value := getattr(record, name)) is not None}
@@ -232,7 +235,7 @@ class Folder:
         if self._device is None:
             fetch.changes = changes
         else:
-            fetch.changes, fetch.ready = self._device.fetch(changes)
+            fetch.changes, fetch.changes_ready = self._device.fetch(changes)
 
     def relieve(self) -> None:
         """Give back what an allocator keeps."""

@@ -15,6 +15,14 @@ from orthofast.scan import Row, ScanResult
 
 START = "base_model.model."
 SETTINGS: Mapping[str, object] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+QUERY, KEY, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
+SHAPES = {QUERY: (24, 16), KEY: (8, 16), DOWN: (16, 20), "model.embed_tokens": (30, 16)}
+
+
+def base_tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    made = {f"{name}.weight": torch.randn(shape, generator=random) + 0.3 for name, shape in SHAPES.items()}
+    return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], **settings: object) -> Path:

@@ -11,28 +11,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from orthofast.cli import app
-from orthofast.kernels import Sample
-from orthofast.scan import ScanOptions, adapters_update, reading, scan_checkpoint
-from orthofast.scan.adapters import open_adapter, with_adapter
-from orthofast.scan.adapters_update import Factors, Update, merge
-from orthofast.scan.plan import make_plan
-from orthofast.scan.readers.checkpoint import open_checkpoint
-from tests.scan.adapters import lora, numpy_drift, save_adapter, update, versions
+from orthofast.scan import scan_checkpoint
+from tests.scan.adapters import (
+    DOWN,
+    KEY,
+    QUERY,
+    base_tensors,
+    lora,
+    numpy_drift,
+    save_adapter,
+    update,
+    versions,
+)
 from tests.scan.checkpoints import numpy_pii, write
 from tests.scan.quantised import fp8_blocks, fp8_values, write_checkpoint
-
-QUERY, KEY, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
-SHAPES = {QUERY: (24, 16), KEY: (8, 16), DOWN: (16, 20), "model.embed_tokens": (30, 16)}
-
-
-def base_tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(1)
-    made = {f"{name}.weight": torch.randn(shape, generator=random) + 0.3 for name, shape in SHAPES.items()}
-    return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
 @pytest.fixture
@@ -271,89 +266,6 @@ def test_a_merged_weight_is_rounded_once_to_the_type_of_its_base(dtype: torch.dt
     for row in wanted:
         found = versions(result, row.name, row.vectors)["merged"]
         assert found.pii == pytest.approx(row.pii, abs=3e-4 if wide == torch.bfloat16 else 1e-6)
-
-
-def test_only_one_merged_weight_is_made_beside_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of the sum come and go; what stays is the result."""
-    monkeypatch.setattr(adapters_update, "CPU_VALUES", 1 << 12)
-    weight = torch.randn(128, 256)
-    a, b = torch.randn(8, 256), torch.randn(128, 8)
-    made: list[tuple[int, int]] = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            found = func(*args, **(kwargs or {}))
-            if isinstance(found, Tensor):
-                made.append((found.untyped_storage().data_ptr(), found.untyped_storage().nbytes()))
-            return found
-
-    with Sizes():
-        merged = merge(weight, Factors(a, b, Update("lora", 0.5, 8)))
-    assert torch.allclose(merged, weight + 0.5 * b @ a, atol=1e-4)
-    known = {tensor.data_ptr() for tensor in (weight, a, b, merged)}
-    assert merged.data_ptr() in dict(made)
-    assert max(nbytes for place, nbytes in made if place not in known) <= weight.nbytes // 4
-
-
-def test_every_byte_is_read_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = save_adapter(tmp_path / "a", lora(QUERY, 24, 16))
-    plan = with_adapter(make_plan(open_checkpoint(base)), open_adapter(adapter))
-    tensors = sum(tensor.nbytes for tensor in base_tensors().values())
-    assert plan.nbytes == tensors + 4 * 4 * (24 + 16)
-    read: list[int] = []
-    plain = reading.Files.read
-
-    def counted(self: reading.Files, segment: reading.Segment, into: memoryview) -> None:
-        read.append(segment.nbytes)
-        plain(self, segment, into)
-
-    monkeypatch.setattr(reading.Files, "read", counted)
-    scan_checkpoint(base, adapter=adapter)
-    assert sum(read) == plan.nbytes
-
-
-def test_equal_weights_with_different_updates_are_not_one(tmp_path: Path) -> None:
-    weight = torch.randn(24, 16)
-    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
-    folder = write(tmp_path / "base", {f"{name}.weight": weight.clone() for name in names})
-    result = scan_checkpoint(folder, adapter=save_adapter(tmp_path / "a", lora(names[1], 24, 16)))
-    base = versions(result, f"{names[1]}.weight")["base"]
-    assert len({row.pii for row in result.rows if row.adapter == "base" and row.vectors == "rows"}) == 1
-    assert {len(versions(result, f"{name}.weight")) for name in names} == {1, 3}
-    assert versions(result, f"{names[1]}.weight")["merged"].pii != base.pii
-
-
-def test_a_sample_estimates_all_versions(tmp_path: Path) -> None:
-    random = torch.Generator().manual_seed(8)
-    folder = write(tmp_path / "base", {f"{QUERY}.weight": torch.randn(300, 64, generator=random)})
-    adapter = save_adapter(tmp_path / "a", lora(QUERY, 300, 64))
-    exact = versions(scan_checkpoint(folder, adapter=adapter), f"{QUERY}.weight")
-    sampled = versions(scan_checkpoint(folder, adapter=adapter, sample=Sample(4000, 1)), f"{QUERY}.weight")
-    for version, row in sampled.items():
-        assert row.standard_error
-        assert row.pii == pytest.approx(exact[version].pii, abs=6 * row.standard_error)
-    assert sampled["merged"].drift == pytest.approx(exact["merged"].drift, rel=0.15)
-    assert sampled["merged"].drift != exact["merged"].drift
-
-
-def test_a_journal_knows_the_adapter(base: Path, tmp_path: Path) -> None:
-    adapter = save_adapter(tmp_path / "a", lora(QUERY, 24, 16))
-    journal = tmp_path / "journal"
-    first = scan_checkpoint(base, adapter=adapter, options=ScanOptions(journal=journal))
-
-    def again() -> tuple[list[object], object]:
-        result = scan_checkpoint(base, adapter=adapter, options=ScanOptions(journal=journal, resume=True))
-        weights = result.provenance["weights"]
-        assert isinstance(weights, dict)
-        return list(result.rows), weights["measured"]
-
-    assert again() == (list(first.rows), 0)
-    save_adapter(adapter, lora(QUERY, 24, 16), lora_alpha=9)
-    rows, measured = again()
-    assert measured == 1
-    assert rows != first.rows
-    save_adapter(adapter, lora(QUERY, 24, 16, seed=9), lora_alpha=9)
-    assert again()[1] == 1
 
 
 def test_the_command_measures_and_tells(base: Path, tmp_path: Path) -> None:
