@@ -14,7 +14,7 @@ export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
 HAS_NATIVE := import importlib.util as u; print("native_cpu,numba_cpu" if u.find_spec("orthofast._cpu") else "numba_cpu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install ext demo test test-gpu lint bench bench-gpu docs wheel sanitize sanitize-thread clean
+.PHONY: help install ext demo test test-gpu lint bench bench-gpu docs lab wheel sanitize sanitize-thread clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -65,6 +65,9 @@ docs: install ## build the manual into docs/_build
 	$(PYTHON) -m sphinx -W -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+lab: install ## the papers' tables and figures: verdicts, figures, one page in lab/
+	$(PYTHON) -m orthofast.lab $(ARGS)
+
 wheel: install ## build the source distribution and the wheel into dist/
 	$(PYTHON) -m build
 
@@ -81,6 +84,6 @@ sanitize-thread: ## run it under ThreadSanitizer
 	$(BUILD)/tsan/csrc_check
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) $(BUILD) dist docs/_build demo *.egg-info orthofast/_cpu*.so orthofast/_cuda*.so
+	rm -rf $(VENV) $(BUILD) dist docs/_build demo lab *.egg-info orthofast/_cpu*.so orthofast/_cuda*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find orthofast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

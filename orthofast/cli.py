@@ -11,6 +11,7 @@ from orthofast.commands.demo import demo
 from orthofast.commands.diff import diff
 from orthofast.commands.doctor import doctor
 from orthofast.commands.inspect import inspect
+from orthofast.commands.lab import PASSED_ON, lab
 from orthofast.commands.report import report
 from orthofast.commands.scan import scan
 from orthofast.scan.provenance import own_version
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (scan, inspect, diff, report, check, doctor, demo):
     app.command()(command)
+app.command(context_settings=PASSED_ON, add_help_option=False)(lab)
 
 
 def main() -> None:

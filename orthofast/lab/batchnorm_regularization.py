@@ -89,19 +89,17 @@ def _verdict_t1(raws: Sequence[Raw]) -> Verdict:
     return judge(
         checks,
         "The printed α grows as the square of the scale: it is a variance, where the text defines its root. The "
-        "caption says that the norm rises with the scale, the table that it falls. The hidden weights themselves do not depend "
-        "on the scale; dividing by what they make of the data does.",
+        "caption says that the norm rises with the scale, the table that it falls. The hidden weights themselves do "
+        "not depend on the scale; dividing by what they make of the data does.",
     )
 
 
-def _table_rows(raws: Sequence[Raw], table: dict[Any, tuple[float, ...]], name: str) -> list[Check]:
-    return [
-        shown(f"L2 norm of γ|w|/α², {name} {at}", [raw["rows"][str(at)]["l2_var"] for raw in raws], row[1])
-        for at, row in table.items()
-    ] + [
-        shown(f"accuracy on test images, {name} {at}", [raw["rows"][str(at)]["accuracy"] for raw in raws])
-        for at in table
-    ]
+def _table_rows(raws: Sequence[Raw], table: Mapping[Any, Sequence[float]], name: str) -> list[Check]:
+    def seeds(at: Any, key: str) -> list[float]:
+        return [raw["rows"][str(at)][key] for raw in raws]
+
+    norms = [shown(f"L2 norm of γ|w|/α², {name} {at}", seeds(at, "l2_var"), row[1]) for at, row in table.items()]
+    return norms + [shown(f"accuracy on test images, {name} {at}", seeds(at, "accuracy")) for at in table]
 
 
 def _drawn_t1(raws: Sequence[Raw]) -> Figure:

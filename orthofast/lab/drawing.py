@@ -26,6 +26,8 @@ PNG_SCALE = 2.0
 LIGHT = {"ink": "#1b1f24", "soft": "#46505a", "line": "#c9ced4", "page": "white"}
 DARK = {"ink": "#e6e9ee", "soft": "#a0a9b4", "line": "#3d454f", "page": "#1d2127"}
 SMALLEST = 1e-300
+LARGE = "datum.value >= 1e5 || datum.value < 1e-3"
+SHORT = f"datum.label == '' ? '' : format(datum.value, {LARGE} ? '.0e' : '~g')"
 
 
 def declaration(figure: Figure, title: str, seeds: int, *, dark: bool = False) -> Spec:
@@ -112,7 +114,7 @@ def _panel(panel: Panel, names: list[str], levels: list[str], across: int, dark:
     for axis, log in ((x_axis, panel.x_log), (y_axis, panel.y_log)):
         if log:
             axis["scale"] = {"type": "log", "nice": axis is y_axis}
-            axis["axis"] = {"tickCount": 6, "format": "~g"}
+            axis["axis"] = {"tickCount": 6, "labelExpr": SHORT}
     if panel.kind == "bars":
         layers = _bars(panel, x_axis, y_axis, colour)
     else:
@@ -125,11 +127,13 @@ def _panel(panel: Panel, names: list[str], levels: list[str], across: int, dark:
 
 
 def _lines(panel: Panel, names: list[str], x_axis: Spec, y_axis: Spec, colour: Spec, shown: bool) -> list[Spec]:
-    dash = _scaled("series", names, DASHES, shown and not panel.points)
+    dash = _scaled("series", names, DASHES, shown)
     shape = _scaled("series", names, SHAPES, shown)
     ours, theirs = {"filter": "!datum.published"}, {"filter": "datum.published"}
     band_y = y_axis | {"field": "low"}
-    legend: Spec = {"legend": {"symbolType": "stroke", "symbolSize": 500}} if shown and not panel.points else {}
+    # dashes around filled shapes would fray them
+    look: Spec = {"symbolStrokeWidth": 0} if panel.points else {"symbolType": "stroke", "symbolSize": 500}
+    legend: Spec = {"legend": look} if shown else {}
     layers: list[Spec] = [
         {
             "transform": [ours],
@@ -147,7 +151,7 @@ def _lines(panel: Panel, names: list[str], x_axis: Spec, y_axis: Spec, colour: S
             {
                 "transform": [ours],
                 "mark": {"type": "point", "filled": True, "size": 46, "opacity": 1},
-                "encoding": {"x": x_axis, "y": y_axis, "color": colour, "shape": shape},
+                "encoding": {"x": x_axis, "y": y_axis, "color": colour | legend, "shape": shape | legend},
             }
         )
     if any(one.published for one in panel.series):
@@ -155,7 +159,7 @@ def _lines(panel: Panel, names: list[str], x_axis: Spec, y_axis: Spec, colour: S
             {
                 "transform": [theirs],
                 "mark": {"type": "point", "filled": False, "size": 90, "strokeWidth": 2, "opacity": 1},
-                "encoding": {"x": x_axis, "y": y_axis, "color": colour, "shape": shape},
+                "encoding": {"x": x_axis, "y": y_axis, "color": colour | legend, "shape": shape | legend},
             }
         )
     return layers
