@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import gpu_tables, tables
+from benchmarks import gpu_tables, race_tables, tables
 from benchmarks.gpu_measured import GpuResults, load_all_gpu
 from benchmarks.machine import RESULTS, ROOT
 from benchmarks.measured import Results, load_all
@@ -28,13 +28,19 @@ def between(text: str, body: str, name: str) -> str:
     return f"{head}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}"
 
 
-def pages(found: Sequence[Results], found_gpu: Sequence[GpuResults] = ()) -> dict[str, str]:
-    """File, relative to the repository -> what belongs between its markers; the GPU's promises are always there."""
+def pages(found: Sequence[Results], found_gpu: Sequence[GpuResults] = (), races: Sequence[str] = ()) -> dict[str, str]:
+    """File, relative to the repository -> what belongs between its markers; the GPU's promises are always there.
+
+    Args:
+        found: of the main benchmark, machine by machine.
+        found_gpu: of the GPU's.
+        races: sections of the smaller benchmarks, for the manual alone.
+    """
     short = "\n\n".join(tables.short(results) for results in found) or EMPTY
     full = "\n\n".join(tables.full(results) for results in found) or EMPTY
     return {
         "README.md": f"{short}\n\n{gpu_tables.short(found_gpu)}",
-        "docs/benchmarks.md": f"{full}\n\n{gpu_tables.full(found_gpu)}",
+        "docs/benchmarks.md": "\n\n".join([full, *races, gpu_tables.full(found_gpu)]),
     }
 
 
@@ -46,7 +52,7 @@ def render(root: Path, results: Path, *, check: bool) -> list[str]:
         OSError: if a page is missing.
     """
     changed = []
-    for name, body in pages(load_all(results), load_all_gpu(results)).items():
+    for name, body in pages(load_all(results), load_all_gpu(results), race_tables.sections(results)).items():
         path = root / name
         old = path.read_text()
         new = between(old, body, name)
