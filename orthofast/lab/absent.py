@@ -145,30 +145,6 @@ ABSENT = (
         "Their statements are measured in S1-F2a, S1-F5 and S1-F6b as far as the main text tells them.",
         "the appendices are not at hand",
     ),
-    *(
-        Absent(f"S2-{key}", title, claim, reason)
-        for key, title, claim, reason in (
-            (
-                "F1",
-                "Figure 1: spectra of Fisher matrices of 8 layers",
-                "BN: larger lambda_max, smaller kappa.",
-                "MNIST",
-            ),
-            ("F2", "Figure 2: exact and Kronecker sub-Fisher spectra", "They match well.", "MNIST"),
-            ("F3", "Figure 3: lambda_max by layer of 20 layers", "Only plain random starts decay.", "MNIST"),
-            ("F4", "Figure 4: frozen layers", "The loss still falls, and ends higher.", "MNIST"),
-            ("F5", "Figure 5: kappa by layer", "BN is better on inputs and gradients.", "MNIST"),
-            (
-                "F6",
-                "Figure 6: last layer of ResNets over training",
-                "lambda_max grows with depth, then collapses.",
-                GPU,
-            ),
-            ("F7", "Figure 7: ResNet against LastBN at depth 1202", "LastBN is stable.", GPU),
-            ("F8", "Figure 8: training loss by epoch", "LastBN does not depend on depth, and ends lower.", GPU),
-        )
-        for reason in (f"needs {reason}" if reason == "MNIST" else reason,)
-    ),
     Absent(
         "S2-T1",
         "Table 1: test error on CIFAR-10, depths 56, 110, 230, 1202",
@@ -205,17 +181,5 @@ ABSENT = (
         "Supplement: ImageNet with and without LastBN",
         "LastBN is better.",
         "needs ImageNet; the supplement is not at hand",
-    ),
-    Absent(
-        "S2-X2",
-        "Supplement: other depths, widths, batch sizes and networks",
-        "As in the main text.",
-        "the supplement is not at hand, and the main text has no numbers",
-    ),
-    Absent(
-        "S2-X3",
-        "Section 2: gradient descent on linear models",
-        "Whitened inputs are fitted in one step.",
-        "stands as a test of `orthofast.metrics`, not as a figure",
     ),
 )
