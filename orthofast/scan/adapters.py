@@ -326,7 +326,7 @@ class _Joining:
         reading = self._roles.read(name, extent.shape)
         own = replace(extent, name=self._own(extent.name))
         weight = Weight(name, extent.shape, PLAIN, {"weight": own}, {UPDATE: Update(ADDED)})
-        reason = reading.skip or unmeasurable(weight, reading)
+        reason = self._plan.outside(name, reading) or reading.skip or unmeasurable(weight, reading)
         if reason:
             self._adapter.skipped.append((extent.name, reason))
         else:
@@ -335,7 +335,9 @@ class _Joining:
 
     def _fail(self, update: Factored, error: str) -> None:
         fault = Fault(update.name, f"the adapter {self._config.name}: {error}", None)
-        self._unmerged.append((fault, self._reading(fault, update.path)))
+        reading = self._reading(fault, update.path)
+        if self._plan.outside(f"{update.path}.weight", reading) is None:
+            self._unmerged.append((fault, reading))
 
     def _reading(self, fault: Fault, path: str | None = None) -> Reading:
         name = path if path is not None else START.sub("", fault.name)

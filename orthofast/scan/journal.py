@@ -183,8 +183,8 @@ def _of_ranks(path: Path) -> list[Path]:
 def plan_digest(plan: Plan, settings: Mapping[str, object]) -> str:
     """What the ranks of a team must agree on; not the times of files, which differ between machines."""
     weights = [
-        [item.weight.name, item.weight.shape, item.weight.coding, item.weight.nbytes, item.weight.first.offset]
-        for item in plan.items
+        [w.name, w.shape, w.coding, w.nbytes, w.first.offset, repr(w.settings)]
+        for w in (item.weight for item in plan.items)
     ]
     return _digest({"weights": weights, "settings": settings})
 

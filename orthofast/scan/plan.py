@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -37,6 +37,7 @@ class Plan:
         faults: what cannot be read, with layer and role where the name tells them.
         adapter: facts of the adapter that is scanned with its base, None without one.
         unmerged: parts of it that cannot be used, likewise.
+        outside: tells why a name is not selected, None for one that is.
     """
 
     catalog: Catalog
@@ -46,6 +47,7 @@ class Plan:
     faults: list[tuple[Fault, Reading]] = field(default_factory=list)
     adapter: Mapping[str, object] | None = None
     unmerged: list[tuple[Fault, Reading]] = field(default_factory=list)
+    outside: Callable[[str, Reading], str | None] = field(default=lambda name, reading: None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +94,7 @@ def make_plan(
             return "not in the selected layers"
         return None
 
+    plan.outside = outside
     selected = 0
     for weight in sorted(weights.found, key=lambda w: (str(w.first.file), w.first.offset, w.name)):
         reading = roles.read(weight.name, weight.shape)

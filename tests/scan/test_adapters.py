@@ -15,6 +15,10 @@ from typer.testing import CliRunner
 
 from orthofast.cli import app
 from orthofast.scan import scan_checkpoint
+from orthofast.scan.adapters import open_adapter, with_adapter
+from orthofast.scan.journal import plan_digest
+from orthofast.scan.plan import make_plan
+from orthofast.scan.readers.checkpoint import open_checkpoint
 from tests.scan.adapters import (
     DOWN,
     KEY,
@@ -282,7 +286,26 @@ def test_the_command_measures_and_tells(base: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_selected_is_left_alone(base: Path, tmp_path: Path) -> None:
-    adapter = save_adapter(tmp_path / "a", lora(QUERY, 24, 16) | lora(DOWN, 16, 20))
-    result = scan_checkpoint(base, adapter=adapter, include="*down_proj*")
+    given = lora(QUERY, 24, 16) | lora(DOWN, 16, 20) | lora("model.layers.9.mlp.up_proj", 4, 4)
+    given["score.weight"] = torch.ones(5, 16)
+    result = scan_checkpoint(base, adapter=save_adapter(tmp_path / "a", given), include="*down_proj*")
     assert {row.name for row in result.rows} == {f"{DOWN}.weight"}
     assert result.failed == []
+
+
+def test_a_weight_with_two_names_takes_the_update_of_either(tmp_path: Path) -> None:
+    weight = torch.randn(30, 16)
+    model = {"model.embed_tokens.weight": weight, "lm_head.weight": weight}
+    given = lora("lm_head", 30, 16)
+    row = versions(scan_checkpoint(model, adapter=save_adapter(tmp_path / "a", given)), "model.embed_tokens.weight")
+    assert row["merged"].tied == ("lm_head.weight",)
+    assert row["merged"].pii == pytest.approx(numpy_pii(weight.double().numpy() + update(given, "lm_head")), abs=1e-6)
+
+
+def test_ranks_that_see_other_adapters_do_not_agree(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "a", lora(QUERY, 24, 16))
+    digests = set()
+    for alpha in (8, 9, 8):
+        save_adapter(adapter, lora(QUERY, 24, 16), lora_alpha=alpha)
+        digests.add(plan_digest(with_adapter(make_plan(open_checkpoint(base)), open_adapter(adapter)), {}))
+    assert len(digests) == 2
