@@ -10,7 +10,9 @@ from orthofast.scan.adapters_config import AdapterConfig
 from orthofast.scan.adapters_update import LORA, A, B, Update
 from orthofast.scan.catalog import Extent
 from orthofast.scan.plan import Item, natural
-from orthofast.scan.roles import ROLES, Roles
+from orthofast.scan.roles import Roles
+
+ORDER = ("Linear_1.gate", "Linear_1.weight", "Linear_2.weight")  # in which models make a block's parameters
 
 Change = tuple[Item, Mapping[str, Extent], Update]
 
@@ -38,8 +40,9 @@ class Factored:
 
 
 def by_role(item: Item) -> tuple[int, tuple[tuple[int, int, str], ...]]:
-    """Inputs of a block before its outputs: the order in which models make their parameters."""
-    return _rank(item.matrices[0].role), natural(item.weight.name)
+    """Gate, up, down: the order in which models make the parameters of a block, the innermost wrapper's first."""
+    role = item.matrices[0].role
+    return ORDER.index(role) if role in ORDER else len(ORDER), natural(item.weight.name)
 
 
 def experts_one_by_one(
@@ -66,10 +69,9 @@ def experts_one_by_one(
         matrix = item.matrices[0]
         if matrix.expert is not None and not matrix.stack and len(item.matrices) == 1:
             apart.setdefault((matrix.layer, matrix.role), {})[matrix.expert] = item
-    for order in permutations(sorted(group, key=lambda update: -update.depth)):  # the innermost was made first
+    for order in permutations(group):  # shapes decide: what is fused is no smaller than what is not
         found = [
-            _mapped(f"{path}.{leaf}", update, config, apart, roles)
-            for leaf, update in zip(sorted(leaves, key=_made), order, strict=True)
+            _mapped(f"{path}.{leaf}", update, config, apart, roles) for leaf, update in zip(leaves, order, strict=True)
         ]
         if all(found):
             return [change for changes in found for change in changes]
@@ -116,11 +118,3 @@ def _part(extent: Extent, expert: int, count: int) -> Extent:
     nbytes = extent.nbytes // count
     shape = (extent.shape[0] // count, extent.shape[1])
     return replace(extent, offset=extent.offset + expert * nbytes, nbytes=nbytes, shape=shape)
-
-
-def _made(leaf: str) -> tuple[bool, str]:
-    return "down" in leaf or leaf.startswith(("w2", "output")), leaf
-
-
-def _rank(role: str) -> int:
-    return ROLES.index(role) if role in ROLES else len(ROLES)

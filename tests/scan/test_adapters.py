@@ -162,6 +162,14 @@ def test_modules_are_found_by_their_paths(module: str, base: Path, tmp_path: Pat
     assert result.failed == []
 
 
+def test_a_path_that_agrees_word_for_word_comes_first(tmp_path: Path) -> None:
+    other = f"language_model.{QUERY}"
+    folder = write(tmp_path / "base", {f"{name}.weight": torch.randn(24, 16) for name in (QUERY, other)})
+    result = scan_checkpoint(folder, adapter=save_adapter(tmp_path / "a", lora(QUERY, 24, 16)))
+    assert (len(versions(result, f"{QUERY}.weight")), len(versions(result, f"{other}.weight"))) == (3, 1)
+    assert result.failed == []
+
+
 def renamed(folder: Path, to: str, how: Callable[[dict[str, Tensor], Path], None]) -> None:
     """The same adapter stored in another way."""
     from safetensors.torch import load_file
@@ -283,6 +291,38 @@ def test_the_command_measures_and_tells(base: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["scan", str(base), "--adapter", str(adapter)])
     assert done.exit_code == 0
     assert "merged with the adapter" in done.stdout
+
+
+def test_a_square_embedding_is_stored_as_inputs_by_outputs(tmp_path: Path) -> None:
+    weight = torch.randn(16, 16)
+    given = lora("model.embed_tokens", 16, 16)
+    stored = {name.replace("lora_", "lora_embedding_").removesuffix(".weight"): value for name, value in given.items()}
+    folder = write(tmp_path / "base", {"model.embed_tokens.weight": weight})
+    found = versions(scan_checkpoint(folder, adapter=save_adapter(tmp_path / "a", stored)), "model.embed_tokens.weight")
+    merged = weight.double().numpy() + update(given, "model.embed_tokens").T
+    assert found["merged"].pii == pytest.approx(numpy_pii(merged), abs=1e-6)
+
+
+def test_nested_factors_of_equal_shapes_go_from_the_inside_out(tmp_path: Path) -> None:
+    """Gate and up of stacked experts: the parameter that the model made first was wrapped first."""
+    random = torch.Generator().manual_seed(3)
+    at = "model.layers.0.mlp.experts"
+    gate, up = (torch.randn(3, 8, 12, generator=random) for _ in range(2))
+    a, b = torch.randn(2 * 3, 12, generator=random), torch.randn(8, 2 * 3, generator=random)
+    given = {
+        f"{at}.base_layer.lora_A.weight": a,
+        f"{at}.base_layer.lora_B.weight": b,
+        f"{at}.lora_A.weight": torch.zeros(2 * 3, 12),
+        f"{at}.lora_B.weight": torch.zeros(8, 2 * 3),
+    }
+    folder = write(tmp_path / "base", {f"{at}.gate_proj": gate, f"{at}.up_proj": up}, {"hidden_size": 12})
+    adapter = save_adapter(tmp_path / "a", given, r=2, target_parameters=["experts.up_proj", "experts.gate_proj"])
+    result = scan_checkpoint(folder, adapter=adapter)
+    for expert in range(3):
+        delta = 4 * torch.einsum("or,ri->oi", b.view(8, 2, 3)[:, :, expert], a.view(3, 2, 12)[expert]).double()
+        changed = versions(result, f"{at}.gate_proj[{expert}]")["merged"]
+        assert changed.pii == pytest.approx(numpy_pii((gate[expert] + delta).numpy()), abs=1e-6)
+        assert versions(result, f"{at}.up_proj[{expert}]")["merged"].relative_change == 0
 
 
 def test_what_is_not_selected_is_left_alone(base: Path, tmp_path: Path) -> None:
