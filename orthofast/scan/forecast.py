@@ -124,7 +124,7 @@ def _flops(job: Job, sample: Sample | None) -> float:
     pairs = job.n * (job.n - 1) / 2
     if sample is not None:
         pairs = min(pairs, sample.pairs)
-    again = 4 if job.version == BASE else 1  # merged, and the drift, which takes two folds
+    again = 6 if job.version == BASE else 1  # merged, and the drift: two folds in plain torch
     return again * max(job.heads, 1) * 2 * pairs * job.d
 
 
