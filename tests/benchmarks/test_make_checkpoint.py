@@ -215,7 +215,7 @@ def test_q4_k_is_decoded_by_its_own_library_to_within_a_step():
 @pytest.mark.parametrize("name", ["llama-small", "mixtral-small"])
 def test_the_adapter_lifts_the_bump_as_its_closed_form_says(name, tmp_path):
     model = replace(MODELS[name], layers=1)
-    content = Content(0, tensors(model))
+    content = write_checkpoint(tmp_path / "base", model)
     TWINS["lora"](tmp_path, model, content)
     factors = load_file(tmp_path / "adapter_model.safetensors")
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -233,6 +233,9 @@ def test_the_adapter_lifts_the_bump_as_its_closed_form_says(name, tmp_path):
         value for key, value in factors.items() if not any(one["name"].split(".weight")[0] in key for one in planted)
     ]
     assert all(value.abs().min() > 0 for value in rest)
+    result = scan_checkpoint(tmp_path / "base", adapter=tmp_path)
+    for adapter in ("merged", "delta"):
+        check(rows_of(result, adapter), [one for one in planted if one["adapter"] == adapter])
 
 
 def test_the_command_writes_and_refuses_in_one_sentence(tmp_path, capsys):
