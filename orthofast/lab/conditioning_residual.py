@@ -23,8 +23,7 @@ from orthofast.lab.fitting import accuracy, batches
 from orthofast.lab.nets import initialize_
 from orthofast.lab.resnets import cifar_resnet
 from orthofast.lab.verdict import Check, Number, Verdict, above, below, judge, less, log_slope, near, ordered, shown
-from orthofast.metrics import covariance_spectrum
-from orthofast.metrics.domination import weight_domination
+from orthofast.metrics import covariance_spectrum, weight_domination
 
 WIDTH = 64
 BLOCKS = (9, 18, 38, 200)  # residual blocks; of the paper's networks per stage, depth 6 n + 2

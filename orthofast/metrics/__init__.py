@@ -35,6 +35,7 @@ from orthofast.metrics.coherence import (
     pii,
     welch_bound,
 )
+from orthofast.metrics.domination import weight_domination
 from orthofast.metrics.drift import ConformalDrift, conformal_drift
 from orthofast.metrics.fisher import (
     as_linear_operator,
@@ -163,6 +164,7 @@ __all__ = [
     "sub_fisher_spectrum",
     "theorem1_bound",
     "vanilla_chain",
+    "weight_domination",
     "welch_bound",
     "whitened",
 ]
