@@ -212,7 +212,7 @@ def _drawn_last(raws: Sequence[Raw], names: Sequence[str], caption: str) -> Figu
     for key, title in (
         ("loss", "training loss"),
         ("lambda_x", "largest eigenvalue of Sigma_x"),
-        ("lambda_w", "largest eigenvalue, second moment of the weight's gradient"),
+        ("lambda_w", "largest eigenvalue, gradient of W"),
         ("norm", "Frobenius norm of the weight"),
     ):
         series = [

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from orthofast.errors import InputError
-from orthofast.lab import absent, batchnorm_regularization, deep_training, independence, layer_conditioning, representations
+from orthofast.lab import (
+    absent,
+    batchnorm_regularization,
+    deep_training,
+    independence,
+    layer_conditioning,
+    representations,
+)
 from orthofast.lab.experiment import Absent, Experiment
 
 ROOMS = (independence, representations, deep_training, layer_conditioning, batchnorm_regularization)
