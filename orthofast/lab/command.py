@@ -19,10 +19,12 @@ from orthofast.lab.experiment import Absent, Experiment, Settings
 from orthofast.lab.page import number, write_summary
 from orthofast.lab.registry import find
 from orthofast.lab.runs import Outcome, Told, run_all
+from orthofast.lab.table5 import OPTION
 from orthofast.lab.verdict import FAILED, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 
 STYLES = {REPRODUCED: "green", NOT_REPRODUCED: "yellow", NOT_RUN: "dim", FAILED: "red"}
 WIDE = 160
+TABLE5 = "S0-T5"
 UNUSABLE, SOME_FAILED, INTERRUPTED = 2, 3, 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -31,7 +33,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def lab(
     experiments: Annotated[
-        list[str] | None, typer.Argument(help="Identifiers such as S1-F2a, or papers such as S1; all of them if left.")
+        list[str] | None,
+        typer.Argument(
+            help="Identifiers such as S1-F2a, or papers such as S1; all of them if left. Or: table5 MODEL..., for "
+            "Table 5 of Lu et al. 2024 on checkpoints at hand, each a file, a folder or a name."
+        ),
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the experiments and run nothing.")] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder of results.")] = Path("lab"),
@@ -53,17 +59,24 @@ def lab(
     verdicts, 2 wrong usage, 3 an experiment stopped with an error, 130 interrupted.
     """
     try:
-        entries = find(experiments or ())
+        experiments, models = list(experiments or ()), []
+        if experiments[:1] == ["table5"]:
+            experiments, models = [TABLE5], experiments[1:]
+        entries = find(experiments)
         if listed:
             print_list(entries)
             return
         settings = Settings(
-            scale=scale, data=data, data_folder=None if data_folder is None else str(data_folder), device=device
+            scale=scale,
+            data=data,
+            data_folder=None if data_folder is None else str(data_folder),
+            device=device,
+            options=((OPTION, "\n".join(models)),) if models else (),
         )
         total = sum(seeds if entry.statistical else 1 for entry in entries if isinstance(entry, Experiment))
         with _bar(total) as told:
             jobs = jobs or (os.cpu_count() or 1)
-            outcomes = run_all(entries, settings, out, seeds=seeds, jobs=jobs, fresh=fresh, told=told)
+            outcomes = run_all(entries, settings, out, seeds=seeds, jobs=jobs, fresh=fresh or bool(models), told=told)
         write_summary(outcomes, settings, out)
     except OrthofastError as error:
         typer.echo(f"orthofast: {error}", err=True)

@@ -122,7 +122,7 @@ def _panel(panel: Panel, names: list[str], levels: list[str], across: int, dark:
     layers += [_level(name, y, levels, dark) for name, y in panel.levels]
     width: Any = across
     if panel.kind == "bars":
-        width = {"step": BAR_PX * max(1, len(panel.series)) + 14}
+        width = {"step": BAR_PX * max(1, len(panel.series)) + 14, "for": "position"}
     return drawn | {"data": {"values": values}, "layer": layers, "width": width, "height": HEIGHT}
 
 

@@ -153,7 +153,7 @@ def verdict_drift(raws: Sequence[Raw]) -> Verdict:
     """At equal training loss SGD has turned angles less than the adaptive optimisers."""
     reached = [max(raw[name]["loss"] for name in RATES) for raw in raws]
     checks: list[Check] = [below("largest training loss at the end (nats)", reached, STOP)]
-    for name in ("adam", "adamw", "rmsprop"):
+    for name in ("adam", "slow adam", "adamw", "rmsprop"):
         ours, theirs = ([_mean(raw[key]["drift"]) for raw in raws] for key in ("sgd", name))
         checks.append(less(f"conformal drift, SGD minus {LABELS[name]}", ours, theirs, "SGD is more conformal"))
     for name, label in LABELS.items():

@@ -32,7 +32,7 @@ LABELS = {
 RATES = {"sgd": 0.1, "momentum": 0.02, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
 CNN_RATES = {"sgd": (0.05, 0.1, 0.2), "adam": (1e-3,), "adamw": (1e-3,), "rmsprop": (1e-3,)}
 DECAY = {"adamw": 0.01}  # torch's own; without it AdamW is Adam
-GRID = {"sgd": (0.03, 0.1, 0.3), "adam": (3e-4, 1e-3, 3e-3), "adamw": (3e-4, 1e-3, 3e-3), "rmsprop": (3e-4, 1e-3, 3e-3)}
+GRID = {"sgd": (0.05, 0.1, 0.2), "adam": (3e-4, 1e-3), "rmsprop": (3e-4, 1e-3)}
 TRAINED = 0.9  # accuracy from which a rate counts
 PUBLISHED1 = {
     "sgd": (0.996, 0.049, 0.048, 93.59),
@@ -138,9 +138,8 @@ def table1(settings: Settings) -> Raw:
 
 
 def learning_rates(settings: Settings) -> Raw:
-    """Each optimiser at several learning rates, half as long."""
+    """Optimisers at several learning rates each."""
     sizes = _perceptron_sizes(settings)
-    sizes["steps"] //= 2
     data = load(settings).flat()
     return {
         name: [train_perceptron(data, name, rate, **sizes) | {"rate": rate} for rate in rates]
@@ -210,20 +209,23 @@ def verdict_rates(raws: Sequence[Raw]) -> Verdict:
         name: [max(raw[name], key=lambda one: one["accuracy"]) for raw in raws] for name in GRID
     }
     checks: list[Check] = []
+    others = [name for name in GRID if name != "sgd"]
     for layer in range(3):
         theirs = {name: abs(PUBLISHED1[name][layer] - (1.0, 0.035, 0.035)[layer]) for name in GRID}
         checks.append(
             less(
                 f"Layer_{layer + 1}: |change| under SGD minus the least of the others",
                 [_change(one, layer) for one in best["sgd"]],
-                [min(_change(best[name][seed], layer) for name in ADAPTIVE) for seed in range(len(raws))],
-                round(theirs["sgd"] - min(theirs[name] for name in ADAPTIVE), 3),
+                [min(_change(best[name][seed], layer) for name in others) for seed in range(len(raws))],
+                round(theirs["sgd"] - min(theirs[name] for name in others), 3),
             )
         )
     checks += [above(f"accuracy of {LABELS[name]}", [one["accuracy"] for one in best[name]], TRAINED) for name in GRID]
     for name in GRID:
         checks.append(shown(f"learning rate of {LABELS[name]}", [one["rate"] for one in best[name]]))
-    return judge(checks, "The paper gives no learning rate of SGD; here each optimiser has the most accurate of three.")
+    return judge(
+        checks, "The paper gives no learning rate of SGD; here each optimiser has the most accurate of its own."
+    )
 
 
 def verdict2(raws: Sequence[Raw], published: Published = PUBLISHED2) -> Verdict:
@@ -356,7 +358,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         verdict_rates,
         _drawn_rates,
         needs=("digits", "mnist"),
-        size="as Table 1, 600 steps, three learning rates for each optimiser.",
+        size="as Table 1, three learning rates of SGD, two of Adam and RMSprop.",
     ),
     Experiment(
         "S0-T2",

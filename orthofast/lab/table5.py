@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from orthofast.errors import InputError, MissingPackageError
+from orthofast.errors import InputError, MissingPackageError, OrthofastError
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.verdict import Verdict, below, judge, shown
@@ -69,10 +69,31 @@ def by_role(rows: Sequence[Row]) -> dict[str, list[float]]:
 
 
 def run(settings: Settings) -> Raw:
-    """Every model that the settings name under "models", one a line; without any, MiniLM's package."""
+    """Every model that the settings name under "models", one a line; without any, MiniLM's package.
+
+    A model that cannot be scanned has an "error" instead of numbers; the last one's is raised if none can be.
+    """
     named = [line for line in dict(settings.options).get(OPTION, "").splitlines() if line]
-    models = {name: name for name in named} or {NAME: str(packaged())}
-    return {name: measure(place, settings.device) for name, place in models.items()}
+    models = dict(zip(labels_of(named), named, strict=True)) or {NAME: str(packaged())}
+    found: Raw = {}
+    for label, place in models.items():
+        try:
+            found[label] = measure(place, settings.device)
+        except OrthofastError as error:
+            found[label] = {"paper": {}, "all": {}, "largest": None, "error": str(error)}
+            if len(found) == len(models) and all("error" in one for one in found.values()):
+                raise
+    return found
+
+
+def labels_of(places: Sequence[str]) -> list[str]:
+    """The last two parts of each path, where that tells them apart, else the paths as they are.
+
+    >>> labels_of(["models/bert", "other/models/gpt2"])
+    ['models/bert', 'models/gpt2']
+    """
+    short = ["/".join(Path(place).parts[-2:]) for place in places]
+    return short if len(set(short)) == len(short) else list(places)
 
 
 def packaged() -> Path:
@@ -109,7 +130,9 @@ def verdict(raws: Sequence[Raw]) -> Verdict:
                 theirs = round(theirs / isotropic_baseline(lengths[place]), 2)
             said = None if theirs is None else f"{theirs} (BERT)"
             checks.append(shown(f"{model}, {role}: PII over baseline", [ratio], said))
-    return judge(checks, "Layer and sides as the paper's script takes them. Its own models are not at hand here.")
+    errors = [f"{model}: {found['error']}" for model, found in raws[0].items() if "error" in found]
+    said = "Layer and sides as the paper's script takes them. Its own models are not at hand here."
+    return judge(checks, " ".join([said, *errors]))
 
 
 def width_run(settings: Settings) -> Raw:
