@@ -30,7 +30,14 @@ LAYERS = {
     "facade": 5,
     "lab": 6,
 }
-ROOM_OF = {"__init__": "facade", "cli": "facade", "commands": "facade", "__main__": "facade", "_cpu": "kernels", "_cuda": "kernels"}
+ROOM_OF = {
+    "__init__": "facade",
+    "cli": "facade",
+    "commands": "facade",
+    "__main__": "facade",
+    "_cpu": "kernels",
+    "_cuda": "kernels",
+}
 LAZY_DOORS = ("__init__.py", "kernels/dispatch.py")
 LONGEST = 420
 FORBIDDEN = ("utils", "util", "helpers", "helper", "common", "misc", "base")
