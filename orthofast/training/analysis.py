@@ -7,10 +7,7 @@ through the layers, ``labels`` say what is sent backwards, ``report`` holds what
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +24,7 @@ from orthofast.training.factors import Factors, LayerFactors, kind_of
 from orthofast.training.labels import Labels, Loss
 from orthofast.training.layers import WRAPPERS, Select, Skipped, selector
 from orthofast.training.measures import still
+from orthofast.training.passes import batches_of, called, device_of, moved, undisturbed, unwrapped
 from orthofast.training.report import LayerConditioning, Report, of_layer
 from orthofast.training.taps import Taps, probed_rows, weight_probe
 
@@ -83,11 +81,12 @@ def conditioning(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model needs a torch.nn.Module, got {type(model).__name__}")
-    if batches is not None and (type(batches) is not int or batches < 1):
-        raise InputError(f"batches needs a positive integer, or None for all, got {batches!r}")
-    shares = tuple(p)
+    if isinstance(p, str) or not isinstance(p, Iterable) or not (shares := tuple(p)):
+        raise InputError(f"p needs shares of the eigenvalues in a list, such as [0.5, 1.0], got {p!r}")
     for share in shares:
         rank_of(share, 1)
+    if factors is not None and not isinstance(factors, Factors):
+        raise InputError(f"factors needs orthofast.training.Factors, got {type(factors).__name__}")
     how = factors or Factors()
     run, modules, skipped = _run(model, loader, loss, labels, layers, batches, how)
     taps, split = run.taps, is_split(model)
@@ -127,10 +126,17 @@ def _run(
     model = unwrapped(model)
     modules, skipped = measured_modules(model, layers)
     asked = Labels(loss, labels, how.mc_samples, torch.Generator("cpu").manual_seed(how.seed))
-    with _undisturbed(model, how.seed), Taps(modules, firing_modules(model).values(), how) as taps:
+    taken = batches_of(loader, batches)
+    with undisturbed(model, seed=how.seed), Taps(modules, firing_modules(model).values(), how) as taps:
         run = _Pass(model, taps, asked, how)
-        for batch in itertools.islice(iter(loader), batches):
-            run.batch(batch)
+        with torch.enable_grad():
+            for batch in taken:
+                run.batch(batch)
+    if asked.guessed:
+        run.notes.append(
+            "the loss could not be tried on parts of a batch: it is taken for the mean over the batch's entries; where "
+            "it is a sum or a mean over positions, lambda_max_g and lambda_max_F are off by a factor"
+        )
     if not run.n:
         raise InputError("loader gives no batch; pass one that can be iterated now")
     return run, modules, skipped
@@ -141,9 +147,7 @@ class _Pass:
 
     def __init__(self, model: nn.Module, taps: Taps, labels: Labels, how: Factors) -> None:
         self.model, self.taps, self.labels, self.how = model, taps, labels, how
-        self.device = next(
-            (t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu")
-        )
+        self.device = device_of(model)
         self.n = 0
         self.last: str | None = None
         self.notes: list[str] = []
@@ -154,14 +158,19 @@ class _Pass:
 
     def batch(self, batch: Any) -> None:
         taps, labels, first = self.taps, self.labels, self._first
-        inputs, targets = _split_batch(_moved(batch, self.device))
+        inputs, targets = _split_batch(moved(batch, self.device))
         if labels.kind and isinstance(targets, Mapping):
             targets = targets.get("labels")
-        mask = None if self.how.mask is None else self.how.mask(batch).to(self.device, torch.bool)
+        mask = self._mask(batch)
         taps.begin(mask, keep_inputs=first)
-        outputs = _called(self.model, inputs)
+        outputs = called(self.model, inputs)
         if not taps.calls:
             raise InputError("model called none of the layers; it holds no Linear, convolution or embedding it uses")
+        if mask is not None and not any(call.layer.masked for call in taps.calls):
+            raise InputError(
+                f"mask gives {tuple(mask.shape)}, and no layer's inputs begin with these dimensions; give (samples, "
+                "positions), or leave mask out"
+            )
         entries = _entries(inputs)
         edges = [call.edge for call in taps.calls]
         terms = labels.terms(outputs, targets, entries)
@@ -184,6 +193,14 @@ class _Pass:
         self.n += entries
         self._first = False
         taps.begin()
+
+    def _mask(self, batch: Any) -> Tensor | None:
+        if self.how.mask is None:
+            return None
+        mask = self.how.mask(batch)
+        if not isinstance(mask, Tensor):
+            raise InputError(f"mask needs to give a boolean tensor (samples, positions), got {type(mask).__name__}")
+        return mask.to(self.device, torch.bool)
 
     def _expected(self, outputs: Any, targets: Any, edges: list[GradientEdge]) -> None:
         from_here, total = _output(outputs), self.labels.passes(outputs)
@@ -312,29 +329,12 @@ def _notes(model: nn.Module, taps: Taps, split: bool) -> Iterator[str]:
     grouped = [path for path, layer in taps.layers.items() if layer.groups > 1]
     if grouped:
         yield f"of grouped convolutions, {grouped[0]} first, covariances are averaged over groups"
+    if taps.how.mask is not None:
+        whole = [path for path, layer in taps.layers.items() if not layer.masked]
+        if whole:
+            yield f"mask does not fit the inputs of {len(whole)} layers, {whole[0]} first: all their rows count"
     if split:
         yield "rows of all processes are added up"
-
-
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
-    """Eager, with gradients; buffers and random numbers are as before afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {buffer.device for buffer in itertools.chain(model.parameters(), model.buffers())}
-    with contextlib.ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
-        stack.enter_context(still(model))
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
 
 def is_split(model: nn.Module) -> bool:
@@ -342,28 +342,6 @@ def is_split(model: nn.Module) -> bool:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return True
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Without DDP, which counts on a backward pass of its own, and without torch.compile's shell."""
-    inner: Any = model
-    while True:
-        if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = inner.module
-        elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        else:
-            return inner  # type: ignore[no-any-return]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(entry, device) for key, entry in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_moved(entry, device) for entry in value)
-    return value
 
 
 def _split_batch(batch: Any) -> tuple[Any, Any]:
@@ -377,12 +355,6 @@ def _split_batch(batch: Any) -> tuple[Any, Any]:
             return batch[0], None
         raise InputError(f"loader needs to give (inputs, targets), got {len(batch)} entries; put inputs in a tuple")
     return batch, None
-
-
-def _called(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
 
 
 def _entries(inputs: Any) -> int:

@@ -126,6 +126,7 @@ class LayerFactors:
         x: second moment of inputs.
         g: second moment of output gradients.
         positions: rows of Sigma_x per row of the batch in the last call.
+        masked: whether a mask had the dimensions of its inputs.
         generator: draws rows where only some are used.
     """
 
@@ -133,7 +134,7 @@ class LayerFactors:
         self.name, self.module, self.how = name, module, how
         self.kind = kind_of(module)
         self.d_in, self.d_out = sides_of(module, how)
-        self.positions = 0
+        self.positions, self.masked = 0, False
         self.generator = torch.Generator("cpu").manual_seed(how.seed)
         made = TriangularFactor if how.method == "qr" else SecondMoment
 
@@ -159,10 +160,11 @@ class LayerFactors:
         if isinstance(self.module, nn.Embedding):
             kept = None if self.module.padding_idx is None else x != self.module.padding_idx
             if mask is not None and mask.shape == x.shape:
-                kept = mask if kept is None else kept & mask
+                kept, self.masked = mask if kept is None else kept & mask, True
             return kept
         if mask is None or self.kind == "conv" or mask.dim() >= x.dim() or x.shape[: mask.dim()] != mask.shape:
             return None
+        self.masked = True
         return mask
 
     def add_inputs(self, x: Tensor, keep: Tensor | None = None) -> Tensor | None:

@@ -52,6 +52,7 @@ class Labels:
     Attributes:
         kind: name of the loss if it is one of the known, else empty.
         reduction: "mean" or "sum"; of an unknown callable None until a batch was looked at.
+        guessed: whether that could not be told, and "mean" was taken.
 
     Raises:
         InputError: if the mode needs a known loss, or the loss does not add up terms.
@@ -66,7 +67,7 @@ class Labels:
         self.kind = KNOWN.get(type(loss) if isinstance(loss, nn.Module) else loss, "")
         self.last_dim = isinstance(loss, str)
         self.reduction: str | None = "mean" if self.kind else None
-        self.ignored = IGNORED
+        self.ignored, self.guessed = IGNORED, False
         if isinstance(loss, nn.Module) and self.kind:
             self.reduction = str(loss.reduction)
             self.ignored = int(getattr(loss, "ignore_index", IGNORED))
@@ -197,13 +198,15 @@ class Labels:
     def _look(self, outputs: Any, targets: Any) -> str:
         """Whether an unknown loss is a mean or a sum over the batch, from its values on two unequal parts of it."""
         out = outputs if isinstance(outputs, Tensor) else None
-        if out is None or not isinstance(targets, Tensor) or len(out) != len(targets) or len(out) < 3:
+        if out is None or not isinstance(targets, Tensor) or len(out) != len(targets) or len(out) < 2:
+            self.guessed = True
             return "mean"
         n, m = len(out), max(1, len(out) // 3)
         try:
             whole = float(self.value(out, targets))
             parts = [float(self.value(out[:m], targets[:m])), float(self.value(out[m:], targets[m:]))]
         except Exception:  # noqa: BLE001 - it may know this batch's size only
+            self.guessed = True
             return "mean"
         size = max(abs(whole), *map(abs, parts), 1e-30)
         near = 1e-3 if out.dtype.itemsize < 4 else 1e-4

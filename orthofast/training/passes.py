@@ -36,14 +36,11 @@ def forward_passes(
     Raises:
         InputError: if an argument cannot be used, or the loader gives nothing.
     """
-    if batches is not None and (type(batches) is not int or batches < 1):
-        raise InputError(f"batches needs a positive integer, or None for all, got {batches!r}")
-    if isinstance(loader, Tensor | Mapping) or not isinstance(loader, Iterable):
-        raise InputError(f"loader needs an iterable of batches, got {type(loader).__name__}; put one batch in a list")
+    taken = batches_of(loader, batches)
     device = device_of(model)
     ran = 0
     with undisturbed(model, training=training):
-        for batch in itertools.islice(iter(loader), batches):
+        for batch in taken:
             given = moved(inputs(batch) if inputs is not None else inputs_of(batch), device)
             with torch.no_grad():
                 called(model, given)
@@ -53,12 +50,32 @@ def forward_passes(
         raise InputError("loader gives no batch; pass one that can be iterated now")
 
 
+def batches_of(loader: Iterable[Any], batches: int | None = None) -> Iterator[Any]:
+    """The first so many batches of a loader, or all.
+
+    Raises:
+        InputError: if the loader is one batch or no iterable, or the number is not positive; at the call.
+    """
+    if batches is not None and (type(batches) is not int or batches < 1):
+        raise InputError(f"batches needs a positive integer, or None for all, got {batches!r}")
+    if isinstance(loader, Tensor | Mapping | str) or not isinstance(loader, Iterable):
+        raise InputError(f"loader needs an iterable of batches, got {type(loader).__name__}; put one batch in a list")
+    return itertools.islice(loader, batches)
+
+
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
-    """Eager and in the mode asked for; modes, buffers and random numbers are as before afterwards."""
+def undisturbed(model: nn.Module, *, training: bool | None = None, seed: int | None = None) -> Iterator[None]:
+    """Eager and in the mode asked for; modes, buffers and random numbers are as before afterwards.
+
+    Args:
+        model: that runs within.
+        training: its mode; None: as it is.
+        seed: of the random numbers within; None: as they are.
+    """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    accelerators = sorted((device for device in devices if device.type == "cuda"), key=str)
 
     def restore() -> None:
         for module, mode in modes:
@@ -71,7 +88,12 @@ def undisturbed(model: nn.Module, *, training: bool | None = None) -> Iterator[N
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
+        stack.enter_context(torch.random.fork_rng(accelerators))
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device in accelerators:  # no others: what is not forked is not put back
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
         stack.callback(restore)  # after what still() restores
         if training is not None:
             model.train(training)

@@ -116,6 +116,13 @@ def test_any_loss_of_ones_own_is_understood_from_its_values() -> None:
     ):
         found = conditioning(model, data, loss=mine, labels="empirical")
         torch.testing.assert_close(spectra(found, "2")[1], spectra(known, "2")[1], rtol=1e-12, atol=1e-15)
+        pairs = [(x[:2], y[:2]) for x, y in data]
+        pairwise = [conditioning(model, pairs, loss=a, labels="empirical") for a in (mine, "cross_entropy")]
+        torch.testing.assert_close(spectra(pairwise[0], "2")[1], spectra(pairwise[1], "2")[1], rtol=1e-12, atol=1e-15)
+        assert not any("could not be tried" in note for note in pairwise[0].notes)
+    single = [(x[:1], y[:1]) for x, y in data]
+    untold = conditioning(model, single, loss=lambda out, y: 1.0 * functional.cross_entropy(out, y), labels="empirical")
+    assert any("could not be tried" in note for note in untold.notes)
     with pytest.raises(InputError, match="neither the mean nor the sum"):
         conditioning(model, data, loss=lambda out, y: functional.cross_entropy(out, y).sqrt(), labels="empirical")
 
@@ -355,10 +362,17 @@ def test_what_is_not_measured_is_listed() -> None:
         ({"loss": nn.CrossEntropyLoss(weight=torch.ones(4))}, "loss has weight"),
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, "reduction='mean' or 'sum'"),
         ({"p": (0.5, 1.5)}, "p needs a share"),
+        ({"p": 0.5}, "p needs shares of the eigenvalues in a list"),
+        ({"p": ()}, "p needs shares of the eigenvalues in a list"),
+        ({"factors": 3}, "factors needs orthofast.training.Factors, got int"),
+        ({"factors": Factors(mask=lambda batch: None)}, "mask needs to give a boolean tensor"),
+        ({"factors": Factors(mask=lambda batch: torch.ones(2, 3))}, "mask gives"),
         ({"batches": 0}, "batches needs a positive integer"),
         ({"layers": "nowhere.*"}, "no layer to measure"),
         ({"labels": "empirical", "loader": [torch.randn(3, 6).double()]}, "gives no targets"),
         ({"loader": []}, "loader gives no batch"),
+        ({"loader": torch.ones(5, 6).double()}, "loader needs an iterable of batches, got Tensor"),
+        ({"loader": None}, "loader needs an iterable of batches, got NoneType"),
         ({"loader": [(1, 2, 3)]}, "got 3 entries"),
     ],
 )
