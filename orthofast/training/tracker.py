@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from orthofast.errors import InputError
-from orthofast.training.analysis import P, is_split, measured_modules, unwrapped
+from orthofast.training.analysis import P, is_split, measured_modules
 from orthofast.training.capture import recomputing
 from orthofast.training.covariance import merge_over_ranks
 from orthofast.training.factors import Factors, LayerFactors
 from orthofast.training.layers import Select, Skipped
+from orthofast.training.passes import unwrapped
 from orthofast.training.report import Report, of_layer
 from orthofast.training.taps import refuse
 
+Rows: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # of a call: which count, which were drawn
 Number: TypeAlias = "float | Tensor | Callable[[], float | Tensor]"
 START = -1  # slot of the model itself
 LATE = (
@@ -93,11 +95,13 @@ class _Slot:
     path: str
     module: nn.Module
     factors: LayerFactors | None = None
-    calls: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)  # rows that count, rows drawn
+    calls: list[Rows] = field(default_factory=list)
 
 
 class CovarianceTracker:
     """Adds up covariances of a model's layers during training steps; arm it for those that count.
+
+    Passes of the model without gradients, as of a validation, are not looked at.
 
     Args:
         model: that is trained; DDP, FSDP2, compiled (attached before its first call) or plain.
@@ -112,6 +116,8 @@ class CovarianceTracker:
     Attributes:
         skipped: weights that are not tracked, with reasons.
         gradients: whether output gradients are looked at; inputs always are.
+        entries: of the batch at hand.
+        idle: whether the pass at hand is not looked at.
         own_s: host seconds spent adding up so far, outside of compiled graphs and in them.
 
     Raises:
@@ -155,7 +161,8 @@ class CovarianceTracker:
         self.key = id(self)
         _trackers[self.key] = self
         self._slots = [_Slot(path, module) for path, module in modules.items()]
-        self._batch = 0  # entries of the pass at hand
+        self.entries = 0  # of the pass at hand
+        self.idle = False  # this pass is without gradients
         self._n = 0
         self._order: dict[str, None] = {}
         self.eager: set[int] = set()  # slots whose hooks ran outside a compiled graph
@@ -253,42 +260,58 @@ class CovarianceTracker:
         (found,) = [slot.factors for slot in self._slots if slot.path == path and slot.factors is not None]
         return found
 
-    def see(self, at: int, x: Tensor, gradient: bool) -> None:
-        """Add the rows of a call's input, or of its output's gradient."""
+    def see(
+        self, at: int, x: Tensor, gradient: bool, rows: Rows | None = None, entries: int | None = None
+    ) -> Rows | None:
+        """Add the rows of a call's input, or of its output's gradient.
+
+        Args:
+            at: the layer's slot.
+            x: the tensor.
+            gradient: which of the two it is.
+            rows: of a gradient, what the call's input gave here; None takes the last call.
+            entries: of a gradient, those of the call's batch; None takes the last one's.
+        """
         if at == START:
-            self._batch = len(x) if x.dim() else 1
-            self._n += self._batch
+            self.entries = len(x) if x.dim() else 1
+            self._n += self.entries
             for slot in self._slots:
                 slot.calls = []
-            return
+            return None
         slot, started = self._slots[at], time.perf_counter()
         kind = x.device.type
         full = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
         with torch.no_grad(), full:
             if gradient:
-                self._see_gradient(slot, x.detach())
+                self._see_gradient(slot, x.detach(), rows, entries)
             else:
-                self._see_input(slot, x.detach())
+                rows = self._see_input(slot, x.detach())
         self.own_s += time.perf_counter() - started
+        return rows
 
-    def _see_input(self, slot: _Slot, x: Tensor) -> None:
+    def _see_input(self, slot: _Slot, x: Tensor) -> Rows:
         if slot.factors is None:
             slot.factors = LayerFactors(slot.path, slot.module, self.how, x.device)
         self._order[slot.path] = None
         keep = slot.factors.keep(x, None)
         if not slot.calls:
-            slot.factors.add_terms(self._terms(len(x)))
-        slot.calls.append((keep, slot.factors.add_inputs(x, keep)))
+            slot.factors.add_terms(self._terms(self.entries or len(x)))
+        rows = (keep, slot.factors.add_inputs(x, keep))
+        slot.calls.append(rows)
+        return rows
 
-    def _see_gradient(self, slot: _Slot, g: Tensor) -> None:
+    def _see_gradient(self, slot: _Slot, g: Tensor, rows: Rows | None, entries: int | None) -> None:
         if slot.factors is None or not slot.calls:
             return
-        keep, drawn = slot.calls.pop() if len(slot.calls) > 1 else slot.calls[0]  # last called, first back
-        scale = self._terms(len(g)) / _number(self.loss_scale)
-        slot.factors.add_gradient(g, scale=scale**2, keep=keep, drawn=drawn)
+        if rows is None:
+            rows = slot.calls.pop() if len(slot.calls) > 1 else slot.calls[0]  # last called, first back
+        else:  # of a pass that others may have followed
+            slot.calls = [call for call in slot.calls if call is not rows] or [rows]
+        scale = self._terms(entries or self.entries or len(g)) / _number(self.loss_scale)
+        slot.factors.add_gradient(g, scale=scale**2, keep=rows[0], drawn=rows[1])
 
     def _terms(self, entries: int) -> float:
-        return float(self._batch or entries) if self.terms is None else _number(self.terms)
+        return float(entries) if self.terms is None else _number(self.terms)
 
 
 class Hook:
@@ -306,9 +329,14 @@ class Hook:
         tracker, slot = self.tracker, self.slot
         if tracker is None:
             return None
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             tracker.eager.add(slot)
         if not tracker.armed:
+            return None
+        if slot == START and not compiling:
+            tracker.idle = not torch.is_grad_enabled()  # reentrant checkpointing turns gradients off further inside
+        if not torch.is_grad_enabled() if compiling else tracker.idle:
             return None
         tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
         if slot == START:
@@ -316,17 +344,20 @@ class Hook:
                 _hand_over(tracker, tensors[0], slot)
             return None
         refuse(tracker.path_of(slot), tensors[0] if tensors else None, output)
-        if torch.compiler.is_compiling():
+        if compiling:
             _track(tracker.token, tensors[0].detach(), tracker.key, slot, False)
             return _through(output, tracker.key, slot) if output.requires_grad and tracker.gradients else None
-        if not recomputing():
-            tracker.see(slot, tensors[0], False)
-        replaced = None
+        rows = None if recomputing() else tracker.see(slot, tensors[0], False)
+        replaced, entries = None, tracker.entries
         if output.requires_grad and tracker.gradients:
             if output._is_view():  # writing over a view in place would put another node in this one's place
                 replaced = output = torch.ops.aten._unsafe_view(output, output.shape)
-            output.register_hook(lambda gradient: tracker.see(slot, gradient, True))
+            output.register_hook(lambda gradient: _returned(tracker, slot, gradient, rows, entries))
         return replaced
+
+
+def _returned(tracker: CovarianceTracker, slot: int, gradient: Tensor, rows: Rows | None, entries: int) -> None:
+    tracker.see(slot, gradient, True, rows, entries)
 
 
 def _hand_over(tracker: CovarianceTracker, x: Tensor, slot: int) -> None:

@@ -197,6 +197,40 @@ def test_accumulated_and_scaled_steps_are_told_their_scale() -> None:
     assert_report(tracker.report(), [1])
 
 
+def test_passes_without_gradients_are_not_looked_at() -> None:
+    model = Net()
+    with CovarianceTracker(model) as tracker:
+        with torch.no_grad():
+            model(batch(7)[0])
+        train(model, [1])
+        with torch.inference_mode():
+            model(batch(7)[0])
+        train(model, [2])
+    assert tracker.report().n == 18
+    assert_report(tracker.report(), [1, 2])
+
+
+def test_passes_before_one_backward_keep_their_own_rows() -> None:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.embed, self.layer = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.layer(self.embed(x)).mean(1))
+
+    model = Text()
+    data = [(torch.randint(9, (n, 3)), torch.randint(4, (n,))) for n in (5, 2)]
+    with CovarianceTracker(model, loss_scale=0.5) as tracker:
+        losses = [functional.cross_entropy(model(x), y) for x, y in data]
+        ((losses[0] + losses[1]) / 2).backward()
+    alone = conditioning(model, data, loss="cross_entropy", labels="empirical")
+    for name, row in tracker.report().layers.items():
+        for side in ("spectrum_x", "spectrum_g"):
+            torch.testing.assert_close(getattr(row, side), getattr(alone.layers[name], side), rtol=1e-5, atol=1e-8)
+
+
 def test_the_past_decays() -> None:
     model = Net()
     tracker = CovarianceTracker(model)
