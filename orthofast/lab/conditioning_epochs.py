@@ -78,7 +78,9 @@ def _drawn8(raws: Sequence[Raw]) -> Figure:
             for place, blocks in enumerate(raws[0]["blocks"])
         ]
         panels.append(Panel("epoch", "training loss", series, title=net, y_log=True, points=False))
-    return Figure(panels, "The learning rate is divided by 10 at half and at three quarters of the epochs.")
+    return Figure(
+        panels, "The learning rate is divided by 10 at half and at three quarters of the epochs. The axes differ."
+    )
 
 
 def _over(one: Number, other: Number) -> float | None:

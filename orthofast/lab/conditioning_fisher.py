@@ -6,6 +6,7 @@ the derivative of the mean loss.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -140,7 +141,7 @@ def _verdict1(raws: Sequence[Raw]) -> Verdict:
 
 def _drawn1(raws: Sequence[Raw]) -> Figure:
     lambdas = [Series(f"{kind}, blocks", raws[0]["layer"], [raw[kind]["lambda"] for raw in raws]) for kind in KINDS]
-    levels = [(f"whole, {kind}", raws[0][kind]["lambda_full"]) for kind in KINDS]
+    levels = [(f"whole, {kind}", statistics.fmean(raw[kind]["lambda_full"] for raw in raws)) for kind in KINDS]
     panels = [Panel("layer k", "largest eigenvalue of F_k", lambdas, y_log=True, levels=levels)]
     whole = [Series(f"{kind}, whole", SHARES_F, [raw[kind]["kappa_full"] for raw in raws]) for kind in KINDS]
     panels.append(Panel("share p of the eigenvalues", "kappa_p", whole, title="whole Fisher matrix", y_log=True))
