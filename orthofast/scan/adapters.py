@@ -75,7 +75,7 @@ def open_adapter(source: str | os.PathLike[str]) -> Adapter:
         folder = folder.parent
     folder = _inner(folder)
     settings = read_json(folder / ADAPTER_CONFIG, CONFIG_LIMIT_BYTES)
-    config = read_config(settings, folder.absolute().name)
+    config = read_config(settings, folder.absolute().name if named is None else named.repo)
     catalog = open_checkpoint(
         next((folder / name for name in (*INDEXES, *ADAPTERS) if (folder / name).exists()), folder)
     )

@@ -18,6 +18,7 @@ from orthofast.scan import scan_checkpoint
 from orthofast.scan.adapters import open_adapter, with_adapter
 from orthofast.scan.journal import plan_digest
 from orthofast.scan.plan import make_plan
+from orthofast.scan.readers import hub
 from orthofast.scan.readers.checkpoint import open_checkpoint
 from tests.scan.adapters import (
     DOWN,
@@ -215,6 +216,17 @@ def test_an_adapter_with_a_name_lies_one_folder_down(base: Path, tmp_path: Path)
     wanted = scan_checkpoint(base, adapter=one).rows
     assert scan_checkpoint(base, adapter=tmp_path / "a").rows == wanted
     assert scan_checkpoint(base, adapter=one / "adapter_model.safetensors").rows == wanted
+
+
+def test_an_adapter_of_the_hub_has_its_name_and_commit(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = save_adapter(tmp_path / "cache" / "snapshots" / commit, lora(QUERY, 24, 16))
+    monkeypatch.setattr(hub, "fetch", lambda name: (folder, commit))
+    facts = scan_checkpoint(base, adapter="org/mine@v1").provenance["adapter"]
+    assert isinstance(facts, dict)
+    assert (facts["name"], facts["revision"], facts["updates"]) == ("org/mine", commit, 1)
 
 
 def test_a_module_in_memory_is_a_base(tmp_path: Path) -> None:
