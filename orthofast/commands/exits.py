@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import typer
 
@@ -23,7 +24,11 @@ CODES = (
 def exit_codes() -> Iterator[None]:
     """Turn what a command may raise into its exit code."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # closed by the caller
+                sys.stdout.flush()
     except MissingPackageError as error:
         say(f"orthofast: {error}")
         raise typer.Exit(MISSING_PACKAGE) from None
@@ -34,8 +39,21 @@ def exit_codes() -> Iterator[None]:
         say("orthofast: interrupted, nothing was written")
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        sys.stderr.close()
+        _drop_stdout()
         raise typer.Exit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        _drop_stdout()
+        where = "the output cannot be written" if error.filename is None else f"{error.filename} cannot be used"
+        say(f"orthofast: {where}: {error.strerror or error}")
+        raise typer.Exit(UNREADABLE) from None
+
+
+def _drop_stdout() -> None:
+    """Let what is still buffered go nowhere, or Python fails on it at exit, with a code of its own."""
+    with suppress(OSError, ValueError, AttributeError):  # no file of the system
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def say(sentence: str) -> None:

@@ -49,8 +49,19 @@ def conclude(result: ScanResult, as_json: bool, quiet: bool, long: bool) -> None
 
 
 def write(result: ScanResult, targets: Sequence[Path], quiet: bool) -> None:
-    """Write every file, and say so."""
+    """Write every file, and say so; one that cannot be written costs no other.
+
+    Raises:
+        InputError: at the end, if one could not be written.
+    """
+    failed: list[str] = []
     for target in targets:
-        result.write(target)
+        try:
+            result.write(target)
+        except InputError as error:
+            failed.append(str(error))
+            continue
         if not quiet:
             say(f"wrote {target}")
+    if failed:
+        raise InputError("; ".join(failed))

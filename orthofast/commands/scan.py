@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -223,12 +224,14 @@ def _journal(given: Path | None, outputs: Sequence[Path], resume: bool) -> Path 
 def _keep_partial(
     result: ScanResult, targets: Sequence[Path], journal: Path | None, quiet: bool, as_json: bool
 ) -> None:
-    """What is known when the user stops a scan: to the files and, where there are none, to the terminal."""
+    """What is known when the user stops a scan: to the files, as JSON if asked for, else to the terminal."""
     if _follows():
         return
     result.provenance["interrupted"] = True
     write(result, targets, quiet)
-    if not targets and not quiet and not as_json:
+    if as_json:
+        sys.stdout.write(result.to_json())
+    elif not targets and not quiet:
         print_result(result, False)
     weights = result.provenance.get("weights")
     missing = weights["missing"] if isinstance(weights, dict) else "some"

@@ -27,10 +27,18 @@ WORDS = ("layer", "role", "vectors", "version", "dtype", "status", "reason", "sh
 KIB = 1024
 
 
+class Terminal(Console):
+    """A console that leaves a closed pipe to the command's exit codes; rich ends with 1, which says a gate failed."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled."""
+        raise BrokenPipeError
+
+
 def console(stderr: bool = False) -> Console:
     """A console that cuts nothing when the output is a pipe or a file."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=WIDE, color_system=None)
+    made = Terminal(stderr=stderr, highlight=False, soft_wrap=False)
+    return made if made.is_terminal else Terminal(stderr=stderr, highlight=False, width=WIDE, color_system=None)
 
 
 def line(text: str, style: str = "") -> None:

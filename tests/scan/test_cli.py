@@ -235,10 +235,22 @@ def test_version_and_module_are_the_command(tmp_path: Path) -> None:
     assert re.fullmatch(r"orthofast \d\S*\n", done.stdout)
 
 
-def test_a_closed_pipe_is_no_traceback(model: Path, tmp_path: Path) -> None:
-    line = f'"{sys.executable}" -m orthofast scan "{model}" --json | head -c 10'
+@pytest.mark.parametrize(
+    ("arguments", "tail", "code", "sentence"),
+    [
+        ("scan {model}", "| true", 141, ""),
+        ("scan {model} --json", "| true", 141, ""),
+        ("scan {model}", "> /dev/full", 2, "orthofast: the output cannot be written: No space left on device\n"),
+        ("scan {model} --json", "> /dev/full", 2, "orthofast: the output cannot be written: No space left on device\n"),
+        ("scan {model} --json", ">&-", 0, ""),
+    ],
+)
+def test_an_output_that_takes_nothing_is_no_traceback_and_no_failed_gate(
+    arguments: str, tail: str, code: int, sentence: str, model: Path, tmp_path: Path
+) -> None:
+    line = f'"{sys.executable}" -m orthofast {arguments.format(model=model)} {tail}; exit ${{PIPESTATUS[0]}}'
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-c", line], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300, check=False
     )
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (code, sentence)

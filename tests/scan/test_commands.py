@@ -178,6 +178,25 @@ def test_what_was_found_is_printed_when_there_is_no_file(
     assert (tmp_path / "kept").exists()
 
 
+def test_an_interrupted_scan_prints_the_json_it_was_asked_for(
+    model: Path, runner: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stop_after(monkeypatch, 8)
+    done = invoke(runner, "scan", model, "--json", "--journal", tmp_path / "kept")
+    assert done.exit_code == 130
+    assert len(rows_of(done.stdout)) == 16
+    assert json.loads(done.stdout)["provenance"]["interrupted"] is True
+
+
+def test_a_file_that_cannot_be_written_costs_no_other(model: Path, runner: CliRunner, tmp_path: Path) -> None:
+    taken = tmp_path / "taken.md"
+    taken.mkdir()
+    done = invoke(runner, "scan", model, "-o", taken, "-o", tmp_path / "result.json")
+    assert done.exit_code == 2
+    assert "taken.md cannot be written" in done.stderr
+    assert len(ScanResult.load(tmp_path / "result.json").rows) == 32
+
+
 def test_a_journal_that_was_named_stays(model: Path, runner: CliRunner, tmp_path: Path) -> None:
     assert invoke(runner, "scan", model, "--journal", tmp_path / "kept", "-q").exit_code == 0
     assert (tmp_path / "kept").exists()
