@@ -57,7 +57,7 @@ def _verdict1(raws: Sequence[Raw]) -> Verdict:
             above("|cos| without BN, mean of the last 5 layers", vanilla_end, 0.5, "about 0.75 (image)"),
             less("|cos| at the end, with BN minus without", bn_end, vanilla_end, "BN falls, vanilla rises"),
         ],
-        "Below the 0.142 of independent vectors of length 32: normalised features are not independent of each other.",
+        "The level with BN is below 0.142, that of independent isotropic vectors of length 32.",
     )
 
 
