@@ -237,6 +237,19 @@ def test_gradient_rows_make_the_weights_gradients_and_the_fisher_matrix():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_mnist_is_cropped_and_halved(monkeypatch):
+    pictures = torch.zeros(2, 1, 28, 28)
+    pictures[0, 0, :2], pictures[1, 0, 2:4, 2:4] = 1, 1  # an edge that is cut off, a corner that is left
+    labels = torch.tensor([0, 1])
+    data = Images("mnist", pictures, labels, pictures, labels, 10)
+    monkeypatch.setattr(conditioning_fisher, "load", lambda settings: data)
+    found = conditioning_fisher.images(Settings())
+    assert found.train.shape == (2, 144)
+    assert found.train[0].sum() == 0
+    assert found.test[1, 0] == 1
+    assert found.train[1].sum() == 1
+
+
 def test_frozen_layers_stay_and_the_others_move():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
