@@ -178,8 +178,8 @@ def verdict_appendix4(raws: Sequence[Raw]) -> Verdict:
     checks += [shown(f"{arm}: test accuracy (%)", [100 * raw[arm]["accuracy"] for raw in raws]) for arm in ARMS]
     return judge(
         checks,
-        "Judged on the mean of the hidden layers. One batch normalisation for all, as in the paper's code; with one "
-        "for each layer, or before about 1000 steps, Normalization comes close to Norm_Res.",
+        "Judged on the mean of the hidden layers. One batch normalisation for all, as in the paper's code. "
+        "Normalization and Norm_Res are close here, closer before about 1000 steps.",
     )
 
 

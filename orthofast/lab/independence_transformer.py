@@ -1,4 +1,4 @@
-"""Lu et al. 2024, Table 5, the row "Transformer": is a layer without normalisation and shortcut less independent?
+"""Lu et al. 2024, Table 5, the row "Transformer": a layer without normalisation and shortcut, with a control.
 
 The paper leaves the last feed-forward layer unwrapped and finds its PII large; it has no network whose last layer is
 wrapped. Here is one: what differs between both is wrapping, what both show is position.

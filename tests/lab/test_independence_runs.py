@@ -225,7 +225,7 @@ def test_a_small_random_update_keeps_pii_and_a_large_one_brings_its_own() -> Non
     found = independence_lora.random_updates(256, 4, 0)
     first, *_, last = found["merged"]
     assert first == pytest.approx(found["base"], rel=0.01)
-    assert last > 3 * found["base"]
+    assert 3 * found["base"] < last < 4.5 * found["base"]  # 3.7; an update twice as large gives 6.1
     assert found["update"] == pytest.approx(0.4244, abs=0.03)
 
 
