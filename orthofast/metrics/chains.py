@@ -174,12 +174,21 @@ def whitened(h: Tensor) -> Tensor:
     Args:
         h: (..., n, d), a sample a row. Directions below ``max(n, d) eps`` of the largest are taken as absent.
 
+    Returns:
+        In h's shape; in its dtype, 16-bit ones as float32.
+
+    Raises:
+        InputError: if it is no floating-point tensor of such a shape.
+
     >>> import orthofast
     >>> h = torch.randn(5, 20, dtype=torch.float64)
     >>> orthofast.orthogonality_gap(h).item() > 0.1, orthofast.orthogonality_gap(whitened(h)).item() < 1e-12
     (True, True)
     """
-    u, s, vh = torch.linalg.svd(h, full_matrices=False)
+    if not isinstance(h, Tensor) or not h.dtype.is_floating_point or h.dim() < 2:
+        told = f"{h.dtype} {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+        raise InputError(f"h needs a floating-point tensor (..., n, d), got {told}")
+    u, s, vh = torch.linalg.svd(h.to(torch.promote_types(h.dtype, torch.float32)), full_matrices=False)
     kept = (s > s[..., :1] * max(h.shape[-2:]) * torch.finfo(s.dtype).eps).to(s.dtype)
     equal = kept / kept.sum(-1, keepdim=True).clamp(min=1).sqrt()
     polar: Tensor = (u * equal.unsqueeze(-2)) @ vh
@@ -290,6 +299,8 @@ def samples_with_gap(
     0.3
     """
     low, high = gap_bounds(n, d)
+    if isinstance(gap, bool) or not isinstance(gap, int | float):
+        raise InputError(f"gap needs a number, got {gap!r}")
     device = torch.device("cpu") if generator is None else generator.device
     if not exact:
         if not 0 <= gap <= 1 - 1 / d:

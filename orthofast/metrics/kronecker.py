@@ -128,6 +128,7 @@ def kronecker_condition_number(
         if not len(array) or not array[0] > 0:
             rank_of(p, 1)
             return of_nothing(torch.zeros((), dtype=torch.float64))
+        array = np.ldexp(array, -int(np.frexp(array[0])[1]))  # products of eigenvalues near 1 stay in range
         floor = limit * array[0]
         kept.append(array[array > floor])
         raised.append(np.maximum(array, floor))

@@ -52,7 +52,7 @@ def layer_agop(model: nn.Module, layer: str | nn.Module, inputs: Any) -> Tensor:
     """Average gradient outer product of a network by what enters one of its layers: the right side of Eq. 5.
 
     One forward pass, and a backward pass through the layers behind for every 16 outputs. Parameters get no gradient.
-    The network stays in the mode it is in: with batch normalisation or dropout, call ``eval()`` before.
+    The network stays in the mode it is in: with dropout, call ``eval()`` before; with batch normalisation one has to.
 
     Args:
         model: maps ``inputs`` to (N, C).
@@ -65,7 +65,8 @@ def layer_agop(model: nn.Module, layer: str | nn.Module, inputs: Any) -> Tensor:
         weight by :func:`neural_feature_correlation`.
 
     Raises:
-        InputError: if there is no such layer, the model does not call it exactly once, or shapes do not fit.
+        InputError: if there is no such layer, the model does not call it exactly once, shapes do not fit, or batch
+            normalisation in training mode mixes the samples.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False))
@@ -80,6 +81,12 @@ def layer_agop(model: nn.Module, layer: str | nn.Module, inputs: Any) -> Tensor:
     convolution = module if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
     if convolution is not None and convolution.groups != 1:
         raise InputError(f"layer needs a convolution of one group, got {convolution.groups} groups")
+    for path, norm in named.items():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and (norm.training or norm.running_var is None):
+            raise InputError(
+                f"model has batch normalisation with the batch's own statistics, {path or type(norm).__name__}, which "
+                "mixes samples; call eval() before, with running statistics"
+            )
     leaves: list[Tensor] = []
 
     def leaf_of(value: Tensor) -> Tensor:

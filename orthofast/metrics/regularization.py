@@ -48,12 +48,13 @@ def noise_penalty(weight: Tensor, rate: Tensor, noise_variance: Number, gamma: N
         (out,) float64.
 
     Raises:
-        InputError: if the noise's variance is negative.
+        InputError: if the noise's variance is negative, or there is not one rate a neuron.
 
     >>> noise_penalty(torch.tensor([[3.0, 4.0]]), torch.tensor([5.0]), 1.0)  # R = I: 1 / (1 + 1)
     tensor([0.5000], dtype=torch.float64)
     """
     _not_negative(noise_variance, "noise_variance")
+    _one_each(weight, rate)
     squared = weight.detach().to(torch.float64).flatten(1).square().sum(1) * noise_variance
     total = rate.detach().to(torch.float64).square() + squared
     share = squared / torch.where(total == 0, 1.0, total)
@@ -69,7 +70,7 @@ def isotropic_noise_penalty(noise_variance: Number, eigenvalue: Number, gamma: N
     ``lambda / sigma^2`` it is ``gamma^2 / (1 + SNR)``.
 
     Returns:
-        float64, in the shape the arguments broadcast to.
+        float64, in the shape the arguments broadcast to; 0 without noise.
 
     Raises:
         InputError: if a variance is negative.
@@ -80,7 +81,8 @@ def isotropic_noise_penalty(noise_variance: Number, eigenvalue: Number, gamma: N
     _not_negative(noise_variance, "noise_variance")
     _not_negative(eigenvalue, "eigenvalue")
     noise = _float64(noise_variance)
-    penalty: Tensor = noise * _float64(gamma).square() / (_float64(eigenvalue) + noise)
+    total = _float64(eigenvalue) + noise
+    penalty: Tensor = noise * _float64(gamma).square() / torch.where(total == 0, 1.0, total)
     return penalty
 
 
@@ -159,7 +161,11 @@ def constrained_minimum(weight: Tensor, rate: Tensor) -> ConstrainedMinimum:
 
     Returns:
         :class:`ConstrainedMinimum`; NaN for a weight of zeros, which no v meets.
+
+    Raises:
+        InputError: if there is not one rate a neuron.
     """
+    _one_each(weight, rate)
     w = weight.detach().to(torch.float64)
     squared = w.flatten(1).square().sum(1)
     lengths = torch.where(squared == 0, float("nan"), squared)
@@ -170,6 +176,13 @@ def _square(matrix: Tensor, d: int, name: str) -> Tensor:
     if tuple(matrix.shape) != (d, d):
         raise InputError(f"{name} needs shape ({d}, {d}), got {tuple(matrix.shape)}")
     return matrix.detach().to(torch.float64)
+
+
+def _one_each(weight: Tensor, rate: Tensor) -> None:
+    if weight.dim() < 2 or tuple(rate.shape) != (len(weight),):
+        raise InputError(
+            f"weight and rate need (out, in, ...) and (out,), got {tuple(weight.shape)} and {tuple(rate.shape)}"
+        )
 
 
 def _not_negative(value: Number, name: str) -> None:

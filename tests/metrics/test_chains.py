@@ -20,6 +20,7 @@ from orthofast.metrics import (
     nearly_parallel_start,
     orthogonality_gap,
     pii,
+    samples_with_gap,
     vanilla_chain,
     whitened,
 )
@@ -226,6 +227,8 @@ def test_whitening_makes_what_batch_norm_approximates(n: int, d: int) -> None:
         (lambda: chain_trace([torch.ones(3)]), r"states\[0\] needs shape"),
         (lambda: chain_trace([torch.ones(2, 3), torch.ones(1, 2, 3)]), r"states\[1\] needs runs \(\) as the first"),
         (lambda: gram_fluctuation([]), "states needs at least one state"),
+        (lambda: whitened(torch.ones(3, 4, dtype=torch.int64)), r"h needs a floating-point tensor \(..., n, d\)"),
+        (lambda: samples_with_gap(4, 8, "small"), "gap needs a number, got 'small'"),  # type: ignore[arg-type]
         (lambda: diagonal_start(5, 4), "n needs at most d = 4 samples"),
         (lambda: nearly_parallel_start(5, 4), "n needs at most d = 4 samples"),
     ],

@@ -179,3 +179,14 @@ def test_what_is_no_number_stays_none(bad: float) -> None:
 def test_bad_arguments_are_named(call, named: str) -> None:
     with pytest.raises(InputError, match=named):
         call(torch.tensor([2.0, 1.0]))
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-300, 1e200])
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_kappa_does_not_see_the_scale_of_covariances(scale: float, p: float) -> None:
+    a = torch.tensor([1.0, 1e-2, 1e-3], dtype=torch.float64)
+    plain = metrics.kronecker_condition_number(a, a, p)
+    scaled = metrics.kronecker_condition_number(scale * a, scale * a, p)
+    assert scaled.value.item() == pytest.approx(plain.value.item(), rel=1e-12)
+    assert scaled.resolved_rank == plain.resolved_rank == 9
+    assert not scaled.is_lower_bound

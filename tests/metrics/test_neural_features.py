@@ -162,6 +162,7 @@ class Twice(nn.Module):
         (lambda: metrics.agop(lambda x: x.sum(0), torch.ones(2, 3)), "one row per sample"),
         (lambda: metrics.agop(lambda x: torch.ones(2, 1), torch.ones(2, 3)), "depend"),
         (lambda: metrics.layer_agop(nn.Sequential(nn.Linear(3, 2)), "first", torch.ones(2, 3)), "named_modules"),
+        (lambda: metrics.layer_agop(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), "0", torch.ones(2, 3)), "eval"),
         (lambda: metrics.layer_agop(Twice(), "layer", torch.ones(2, 3)), "2 times"),
         (lambda: metrics.layer_agop(nn.Conv2d(2, 2, 1, groups=2), "", torch.ones(1, 2, 2, 2)), "2 groups"),
         (lambda: metrics.neural_feature_correlation(torch.ones(3, 2), torch.ones(3, 3)), "weight and outer_products"),

@@ -137,6 +137,8 @@ def test_batch_norm_meets_the_constraint_for_one_gamma_only() -> None:
     ("call", "message"),
     [
         (lambda: noise_penalty(torch.ones(1, 2), torch.ones(1), -1.0), "noise_variance needs finite values"),
+        (lambda: noise_penalty(torch.ones(2, 2), torch.ones(3), 1.0), r"got \(2, 2\) and \(3,\)"),
+        (lambda: constrained_minimum(torch.ones(2), torch.ones(2)), r"got \(2,\) and \(2,\)"),
         (lambda: isotropic_noise_penalty(1.0, math.nan), "eigenvalue needs finite values of at least 0"),
         (lambda: ridge_shrinkage(torch.tensor([-1.0]), torch.ones(1)), "eigenvalues needs finite values"),
         (lambda: ridge_path(torch.ones(1, 2), torch.eye(3), torch.ones(1)), r"curvature needs shape \(2, 2\)"),
@@ -146,3 +148,8 @@ def test_batch_norm_meets_the_constraint_for_one_gamma_only() -> None:
 def test_what_cannot_be_used_is_refused_in_one_sentence(call: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_no_noise_costs_nothing_even_without_data() -> None:
+    assert isotropic_noise_penalty(0.0, 0.0, 2.0).item() == 0
+    assert noise_penalty(torch.ones(1, 2), torch.zeros(1), 0.0).item() == 0
