@@ -85,6 +85,9 @@ class GapReport:
             numbers = "  ".join(f"{value:8.4f}" for value in (layer.mean, layer.std, layer.low, layer.high))
             lines.append(f"{name:{width}}  {numbers}  {layer.n} x {layer.d}")
         lines.append(f"{self.metric}, mean of {self.batches - self.uneven} batches")
+        if self.uneven:
+            lines.append(f"left out: {self.uneven} batches of another size than the first")
+        lines += [f"not measured: {name or '(model)'} {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 
 

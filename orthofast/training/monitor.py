@@ -131,7 +131,7 @@ class Monitor:
         self.latest: dict[str, Any] = {}
         self._schedule = Schedule(every_n_steps, overhead)
         self._sinks = Sinks(log)
-        self._said: set[str] = set()
+        self._say = _Once()  # the probe holds it too, and not the monitor: a cycle would keep the model in memory
         model = getattr(model, "_orig_mod", model)
         with torch.no_grad(), still(model):
             self._probe = Probe(model, checked(metrics, every_n_steps), layers, self._say)
@@ -370,7 +370,14 @@ class Monitor:
             row.values[f"{PREFIX}/overhead"] = overhead
         return row
 
-    def _say(self, sentence: str) -> None:
+
+class _Once:
+    """Reports every sentence once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
             report(sentence)

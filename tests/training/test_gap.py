@@ -173,6 +173,7 @@ def test_batches_of_another_size_and_broken_ones_are_counted_not_averaged() -> N
     data = [*batches_of(3, 8, 6), torch.full((8, 6), math.nan), *batches_of(1, 5, 6)]
     report = representation_gaps(model, data)
     assert (report.batches, report.uneven) == (5, 1)
+    assert "left out: 1 batches of another size" in str(report)
     assert (report.layers["0"].batches, report.layers["0"].nonfinite) == (3, 1)
     assert report.layers["0"].mean == representation_gaps(model, data[:3]).layers["0"].mean
     assert representation_gaps(model, data, batches=2).batches == 2
@@ -263,6 +264,7 @@ def test_a_batch_of_one_sample_has_no_gap_and_says_so() -> None:
     report = representation_gaps(nn.Sequential(nn.Linear(4, 4)), batches_of(1, 1, 4))
     assert not report.layers
     assert dict(report.skipped)["0"] == "gives 1 sample of length 4, and a gap needs two samples"
+    assert "not measured: 0 gives 1 sample of length 4" in str(report)
 
 
 # iterative orthogonalisation, seen through the gaps it makes

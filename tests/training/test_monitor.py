@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,6 +168,20 @@ def test_modes_gradients_and_hooks_are_as_they_were(calm: None) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
     monitor.close()
     assert not model._forward_pre_hooks
+
+
+def test_a_closed_monitor_lets_go_of_the_model() -> None:
+    gc.collect()
+    gc.disable()  # nothing but the last reference may be what kept it
+    try:
+        model = net()
+        gone = weakref.ref(model)
+        monitor = Monitor(model, every_n_steps=1, metrics=ALL, log=[])
+        monitor.close()
+        del model, monitor
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_hooks_are_there_on_armed_steps_only(calm: None) -> None:
