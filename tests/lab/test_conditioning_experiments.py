@@ -195,6 +195,7 @@ def test_numbers_as_the_paper_has_them_reproduce_and_are_drawn(key):
         ("S2-F7", ("runs", 1, "late"), 2.3),
         ("S2-F7", ("runs", 0, "highest"), 3.0),
         ("S2-F7", ("runs", 1, "domination", 2), 1e-5),
+        ("S2-F7", ("runs", 0, "domination", 2), 0.5),
         ("S2-F8", ("ResNet", 2), _epochs(0.2, 1.2)),
         ("S2-F8", ("LastBN", 2), _epochs(1.5, 0.01)),
         ("S2-F8", ("LastBN", 0, "loss", 7), 0.03),
@@ -211,6 +212,11 @@ def test_numbers_against_a_claim_do_not_reproduce(key, path, value):
     against = changed(raw, path, value)
     assert FOUND[key].verdict([against]).status == NOT_REPRODUCED
     assert FOUND[key].verdict([raw, against]).status == NOT_REPRODUCED, "one seed against it is enough"
+
+
+def test_a_gradient_of_zero_is_the_utmost_of_domination():
+    dead = changed(plain(FIGURE7), ("runs", 0, "domination", 2), 0.0)
+    assert FOUND["S2-F7"].verdict([dead]).status == REPRODUCED
 
 
 def test_every_table_and_figure_has_its_entry():
