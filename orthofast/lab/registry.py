@@ -8,14 +8,24 @@ from orthofast.errors import InputError
 from orthofast.lab import (
     absent,
     batchnorm_regularization,
+    deep_layers,
     deep_training,
     independence,
     layer_conditioning,
+    representation_limits,
     representations,
 )
 from orthofast.lab.experiment import Absent, Experiment
 
-ROOMS = (independence, representations, deep_training, layer_conditioning, batchnorm_regularization)
+ROOMS = (
+    independence,
+    representations,
+    representation_limits,
+    deep_layers,
+    deep_training,
+    layer_conditioning,
+    batchnorm_regularization,
+)
 S0 = (
     *("T1", "T1b", "T2", "T3", "T4", "T5", "T5b", "F1", "F1b", "F2"),
     *("A1", "A2", "A3", "A4", "M1", "M2", "M3", "X1", "X2", "X3"),

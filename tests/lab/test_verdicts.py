@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orthofast.lab import batchnorm_regularization, deep_training, representations
+from orthofast.lab import batchnorm_regularization, deep_layers, deep_training, representation_limits, representations
 from orthofast.lab.experiment import Experiment
 from orthofast.lab.verdict import (
     FAILED,
@@ -154,13 +154,13 @@ def _deep(orthogonal: float) -> dict[str, Any]:
 
 
 def _distances(exponent: float) -> dict[str, Any]:
-    widths = representations.WIDTHS_G
-    curves = {name: [d**exponent for d in widths] for name in representations.ACTIVATIONS_G}
+    widths = representation_limits.WIDTHS_G
+    curves = {name: [d**exponent for d in widths] for name in representation_limits.ACTIVATIONS_G}
     return {"width": list(widths), "distance": curves, "mean_cosine": dict.fromkeys(curves, 0.0)}
 
 
 def _gaussian(bn: float) -> dict[str, Any]:
-    widths = representations.WIDTHS_T1
+    widths = representation_limits.WIDTHS_T1
     return {
         "bn": {str(d): [d ** (2 * bn)] * 3 for d in widths},
         "bn_gap": {str(d): [1.0] * 3 for d in widths},
@@ -183,7 +183,8 @@ def _noise(power: float) -> dict[str, Any]:
     }
 
 
-REPRESENTATIONS = representations.EXPERIMENTS + deep_training.EXPERIMENTS + batchnorm_regularization.EXPERIMENTS
+ROOMS = (representations, representation_limits, deep_layers, deep_training, batchnorm_regularization)
+REPRESENTATIONS: tuple[Experiment, ...] = tuple(one for room in ROOMS for one in room.EXPERIMENTS)
 CASES = [
     ("S1-F1", _cosines(0.11, 0.8), [_cosines(0.5, 0.8), _cosines(0.11, 0.4)]),
     ("S1-F2a", _gaps(-3.0), [_gaps(-2.0)]),
