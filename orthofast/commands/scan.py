@@ -23,7 +23,7 @@ from orthofast.scan.options import ScanOptions
 from orthofast.scan.plan import Plan, layer_numbers, make_plan
 from orthofast.scan.presets import preset as choices
 from orthofast.scan.provenance import Interrupted, measure
-from orthofast.scan.ranks import local_device, team_from_environment
+from orthofast.scan.ranks import launched, local_device, team_from_environment
 from orthofast.scan.readers.checkpoint import open_checkpoint
 from orthofast.scan.result import ScanResult
 from orthofast.scan.selection import keep_roles, keep_sides
@@ -175,7 +175,7 @@ def run(
     for sentence in known if not _follows() else ():
         say(f"orthofast: {sentence}")
     with progress_bar(plan.nbytes, show) as progress:
-        return measure(
+        result = measure(
             plan,
             precision=precision,
             backend=backend,
@@ -186,6 +186,10 @@ def run(
             progress=progress,
             team=team_from_environment(),
         )
+    notes = result.provenance["notes"]
+    for note in notes[len(plan.catalog.notes) :] if isinstance(notes, list) and not _follows() else ():
+        say(f"orthofast: {note}")  # found while reading
+    return result
 
 
 def _offer_sample(plan: Plan, *, device: str | None, **settings: Any) -> None:
@@ -203,7 +207,7 @@ def _offer_sample(plan: Plan, *, device: str | None, **settings: Any) -> None:
 
 def _follows() -> bool:
     """Whether another process of the same launch prints and writes."""
-    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+    return launched() and os.environ["RANK"] != "0"
 
 
 def _journal(given: Path | None, outputs: Sequence[Path], resume: bool) -> Path | None:

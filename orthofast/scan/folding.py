@@ -198,7 +198,7 @@ class Folder:
     def rows(self, fetch: Fetch) -> list[tuple[Job, list[Row]]]:
         """The rows of each job, one per set of vectors; waits for the values."""
         if isinstance(fetch.values, str):
-            return [(job, [] if job.heads else [_failed(job, fetch.values)]) for job in fetch.jobs]
+            return [(job, _failed(job, fetch.values)) for job in fetch.jobs]
         for ready in (fetch.ready, fetch.changes_ready):
             if ready is not None:
                 began = time.perf_counter()
@@ -310,10 +310,9 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
 
 
-def _failed(job: Job, error: str) -> Row:
-    row = error_row(job.matrix, job.side, error)
-    row.adapter = job.version
-    return row
+def _failed(job: Job, error: str) -> list[Row]:
+    row = replace(error_row(job.matrix, job.side, error), adapter=job.version)
+    return [replace(row, n=job.n, d=job.d, head=head) for head in range(job.heads)] if job.heads else [row]
 
 
 def error_row(matrix: Matrix, side: str, error: str) -> Row:

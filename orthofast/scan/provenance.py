@@ -96,6 +96,7 @@ def measure(
         backend=backend,
     )
     place = open_device(device)
+    states = _states(plan.catalog.files)
     tally = Tally(plan, {})
     scan: Scan | None = None
 
@@ -128,8 +129,8 @@ def measure(
     except KeyboardInterrupt:
         if scan is not None:
             collect_published(scan, tally)
-        raise Interrupted(_result(plan, tally, settings, place, spent, team)) from None
-    return _result(plan, tally, settings, place, spent, team)
+        raise Interrupted(_result(plan, tally, settings, place, spent, team, states)) from None
+    return _result(plan, tally, settings, place, spent, team, states)
 
 
 def _open_journal(
@@ -187,10 +188,30 @@ def _run(
             spent.backends |= folder.backends
 
 
+def _states(files: Iterable[Path]) -> dict[Path, tuple[int, ...] | None]:
+    """What changes when a file is written again: its number, size and time; None where it is gone."""
+    found: dict[Path, tuple[int, ...] | None] = {}
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            found[file] = None
+        else:
+            found[file] = status.st_ino, status.st_size, status.st_mtime_ns
+    return found
+
+
 def _result(
-    plan: Plan, tally: Tally, settings: Settings, device: Device | None, spent: _Spent, team: Team | None
+    plan: Plan,
+    tally: Tally,
+    settings: Settings,
+    device: Device | None,
+    spent: _Spent,
+    team: Team | None,
+    states: Mapping[Path, tuple[int, ...] | None],
 ) -> ScanResult:
     catalog = plan.catalog
+    changed = [file.name for file, state in _states(states).items() if state != states[file]]
     sample = settings.sample
     provenance: dict[str, object] = {
         "checkpoint": catalog.root.absolute().name or str(catalog.root),
@@ -214,7 +235,7 @@ def _result(
         "detail": settings.detail,
         **({} if plan.adapter is None else {"adapter": dict(plan.adapter)}),
         "ranks": 1 if team is None else team.size,
-        "notes": list(catalog.notes),
+        "notes": [*catalog.notes, *(f"{name} changed while it was read: scan it again" for name in changed)],
         "weights": {"measured": spent.measured, "reused": spent.reused, "missing": len(tally.missing)},
         "timings": {
             "read_s": spent.read_s,

@@ -200,14 +200,19 @@ class Scan:
             pass  # the store is gone: the next call of the other thread says so
 
 
+def launched() -> bool:
+    """Whether the variables of torch.distributed describe several processes, of which this is one."""
+    environment = os.environ
+    return environment.get("WORLD_SIZE", "1") != "1" and "RANK" in environment and "MASTER_ADDR" in environment
+
+
 def team_from_environment() -> Team | None:
     """The team that the variables of torch.distributed describe; None for a process of its own.
 
     Raises:
         OrthofastError: if the store cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size < 2 or "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+    if not launched():
         return None
     wait = timedelta(seconds=JOIN_S)
     store, rank, size = _guarded(lambda: next(dist.rendezvous("env://", timeout=wait)))  # type: ignore[attr-defined]

@@ -13,7 +13,8 @@ def renamer(before: Collection[str], after: Collection[str]) -> Callable[[str], 
     """What a name before is called after.
 
     Where less than half of the names are on both sides, a prefix is taken off one or both, the one that brings most
-    names together, such as "bert." of a model with a head; a name that has no counterpart stays as it is.
+    names together, such as "bert." of a model with a head, and at least half of those of the smaller side: fewer meet
+    by chance. A name that has no counterpart stays as it is.
 
     >>> rename = renamer(["encoder.w", "encoder.v", "pooler"], ["bert.encoder.w", "bert.encoder.v", "cls"])
     >>> rename("encoder.w"), rename("pooler")
@@ -21,11 +22,12 @@ def renamer(before: Collection[str], after: Collection[str]) -> Callable[[str], 
     """
     names, others = set(before), set(after)
     most, best = len(names & others), ("", "")
-    if 2 * most < min(len(names), len(others)):
+    least = min(len(names), len(others)) / 2
+    if most < least:
         for off in _prefixes(names):
             for on in _prefixes(others):
                 count = sum(name.startswith(off) and on + name[len(off) :] in others for name in names)
-                if count > most:
+                if count > most and count >= least:
                     most, best = count, (off, on)
     off, on = best
 

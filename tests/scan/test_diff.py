@@ -233,5 +233,7 @@ def test_a_wrappers_prefix_on_one_side_does_not_count(pair: tuple[Path, Path], t
 def test_names_that_have_no_counterpart_stay() -> None:
     rename = renamer([f"a.{i}" for i in range(4)] + ["lone"], [f"b.c.{i}" for i in range(3)])
     assert [rename(name) for name in ("a.0", "a.2", "a.3", "lone")] == ["b.c.0", "b.c.2", "a.3", "lone"]
+    chance = renamer(["model.embed.weight", "model.a.x", "model.b.y"], ["wpe.weight", "h.c", "h.d"])
+    assert chance("model.embed.weight") == "model.embed.weight"
     same = renamer(["a.w", "a.v"], ["a.w", "x.a.v"])
     assert (same("a.w"), same("a.v")) == ("a.w", "a.v")

@@ -303,3 +303,42 @@ def test_large_files_leave_the_page_cache_alone(model: Path, monkeypatch: pytest
     monkeypatch.setattr(reading, "_memory_bytes", lambda: 2000)
     scan_checkpoint(model)
     assert sum(count for _, count in dropped) == make_plan(open_checkpoint(model)).nbytes
+
+
+def test_heads_that_find_no_memory_are_rows_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["llama"]
+    config = {**family.config, "num_attention_heads": 4, "num_key_value_heads": 2}
+    path = write(tmp_path / "llama", make_tensors(family), config)
+    whole = scan_checkpoint(path, heads=True)
+    real = folding.gram_stats_many
+
+    def fold(xs: list[torch.Tensor], **arguments: object) -> object:
+        if any(x.dim() == 3 for x in xs):
+            raise MemoryError
+        return real(xs, **arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(folding, "gram_stats_many", fold)
+    found = scan_checkpoint(path, heads=True)
+    places = [[(row.name, row.vectors, row.head, row.n, row.d) for row in result.rows] for result in (found, whole)]
+    assert places[0] == places[1]
+    assert {row.head is None for row in found.failed} == {False}
+    assert [row.pii for row in found.rows if row.head is None] == [row.pii for row in whole.rows if row.head is None]
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_files_that_are_written_while_they_are_read_are_named(renamed: bool, model: Path) -> None:
+    file = min(model.glob("*.safetensors"))
+
+    def progress(done: int, _: int, name: str) -> None:
+        if done and not renamed:
+            with file.open("r+b") as handle:
+                handle.seek(-1, 2)
+                handle.write(b"\x01")
+        elif done:
+            other = file.with_suffix(".new")
+            other.write_bytes(file.read_bytes())
+            other.replace(file)
+
+    assert scan_checkpoint(model).provenance["notes"] == []
+    found = scan_checkpoint(model, progress=progress)
+    assert found.provenance["notes"] == [f"{file.name} changed while it was read: scan it again"]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orthofast.commands import scan as commands_scan
 from orthofast.errors import InputError, OrthofastError
 from orthofast.scan import ScanOptions, scan_checkpoint
 from orthofast.scan.plan import make_plan
@@ -183,6 +184,11 @@ def test_the_environment_names_the_team(monkeypatch: pytest.MonkeyPatch) -> None
     team = team_from_environment()
     assert team is not None
     assert (team.rank, team.size, asked) == (1, 2, ["env://"])
+    monkeypatch.setenv("RANK", "1")
+    assert commands_scan._follows()
+    monkeypatch.delenv("MASTER_ADDR")  # some batch systems set the others for programs of their own
+    assert team_from_environment() is None
+    assert not commands_scan._follows()
 
 
 @given(st.lists(st.floats(0, 1e12), max_size=300), st.integers(1, 9))
