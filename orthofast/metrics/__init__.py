@@ -55,6 +55,7 @@ from orthofast.metrics.kronecker import (
     kronecker_spectrum,
 )
 from orthofast.metrics.neural_features import agop, layer_agop, neural_feature_correlation
+from orthofast.metrics.neurons import FiringCounts, dying_frac, firing_counts, full_frac, merge_counts
 from orthofast.metrics.regularization import (
     ConstrainedMinimum,
     constrained_minimum,
@@ -97,6 +98,7 @@ __all__ = [
     "CosineHistogram",
     "DiagonalDominance",
     "EffectiveNorms",
+    "FiringCounts",
     "GapBounds",
     "GramFluctuation",
     "MaxCoherence",
@@ -117,10 +119,13 @@ __all__ = [
     "covariance_spectrum",
     "diagonal_dominance",
     "diagonal_start",
+    "dying_frac",
     "effective_norms",
     "eigenvalue_tolerance",
+    "firing_counts",
     "fisher_linear_operator",
     "fisher_spectrum",
+    "full_frac",
     "gap_bounds",
     "gap_contraction",
     "gaussian_w2_squared",
@@ -141,6 +146,7 @@ __all__ = [
     "marchenko_pastur_condition",
     "max_coherence",
     "mean_squared_cosine",
+    "merge_counts",
     "nearly_parallel_start",
     "neural_feature_correlation",
     "noise_penalty",

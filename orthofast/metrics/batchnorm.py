@@ -164,8 +164,22 @@ def effective_norms(layer: nn.Module, weight: Tensor) -> EffectiveNorms:
 
 @torch.no_grad()
 def moments_of(layer: nn.Module, x: Tensor) -> OutputMoments:
-    """Moments of what the layer's weight makes of inputs."""
-    return moments_of_outputs(layer, layer(x))
+    """Moments of what the layer's weight makes of inputs.
+
+    Raises:
+        InputError: if the layer does not take them.
+    """
+    try:
+        outputs = layer(x)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        told = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(
+            f"x needs inputs of the layer, whose weight is {_weight(layer).dtype} {tuple(_weight(layer).shape)}, "
+            f"got {told}"
+        ) from error
+    return moments_of_outputs(layer, outputs)
 
 
 @torch.no_grad()

@@ -153,6 +153,8 @@ def bn_regularization(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model needs a torch.nn.Module, got {type(model).__name__}")
+    if samples is not None and (type(samples) is not int or samples < 2):
+        raise InputError(f"samples needs an integer of at least 2, values of a neuron in a batch, got {samples!r}")
     model = unwrapped(model)
     if loader is None:
         moments: dict[Pair, OutputMoments] = {}

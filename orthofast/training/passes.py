@@ -135,9 +135,10 @@ def inputs_of(batch: Any) -> Any:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """The same with its tensors on a device."""
+    """The same with its tensors on a device; those made in inference mode are copied, so that autograd takes them."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        there = value.to(device)
+        return there.clone() if there.is_inference() and not torch.is_inference_mode_enabled() else there
     if isinstance(value, Mapping):
         return {key: moved(entry, device) for key, entry in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):

@@ -71,6 +71,8 @@ class PatchMoment(SecondMoment):
         height, width = images.shape[2:]
         tall, wide = height - self.rows + 1, width - self.columns + 1
         self.note_dtype(images.dtype)
+        if not len(images):
+            return
         self.n += len(images) * tall * wide
         self.count += len(images) * tall * wide
         if not self._pending:

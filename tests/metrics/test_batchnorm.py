@@ -259,6 +259,8 @@ def test_a_batch_norm_without_an_affine_part_has_gamma_1() -> None:
     [
         (lambda a, b, x: bn_rate(nn.ReLU(), x=x), "layer needs a Linear, Conv1d to 3d or .*, got ReLU"),
         (lambda a, b, x: bn_rate(a), "bn_rate needs x, inputs of the layer, or bn"),
+        (lambda a, b, x: bn_rate(a, x=torch.ones(4, 7)), r"x needs inputs of the layer, .* \(2, 3\), got .* \(4, 7\)"),
+        (lambda a, b, x: bn_rate(a, x=[1.0]), "x needs inputs of the layer, .* got list"),
         (lambda a, b, x: bn_rate(a, b, power="l2"), "power needs one of std, var, got 'l2'"),
         (lambda a, b, x: bn_rate(a, b, samples=1), "samples needs an integer of at least 2"),
         (lambda a, b, x: bn_rate(a, nn.LayerNorm(2)), "bn needs a BatchNorm1d to 3d or a SyncBatchNorm, got LayerNorm"),

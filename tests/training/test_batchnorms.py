@@ -207,6 +207,7 @@ def test_the_report_prints_and_is_plain_data() -> None:
     [
         (lambda: bn_regularization(nn.Sequential(nn.Linear(2, 2))), "no Linear or convolution whose output"),
         (lambda: bn_regularization(nn.Sequential(nn.Linear(2, 2)), []), "loader gives no batch"),
+        (lambda: bn_regularization(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), samples=0), "samples needs"),
         (lambda: bn_regularization("net"), "model needs a torch.nn.Module, got str"),
     ],
 )  # fmt: skip

@@ -127,8 +127,12 @@ def test_a_pass_under_no_grad_and_inference_mode_is_one_with_gradients() -> None
     for context in (torch.no_grad(), torch.inference_mode()):
         model, data = Net(), [batch(1)]
         with context:
-            report = conditioning(model, data, loss="cross_entropy", labels="empirical")
-        assert_report(report, [1])
+            made_inside = [tuple(part.clone() for part in data[0])]
+            reports = [
+                conditioning(model, given, loss="cross_entropy", labels="empirical") for given in (data, made_inside)
+            ]
+        for report in reports:
+            assert_report(report, [1])
 
 
 def train(

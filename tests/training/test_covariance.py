@@ -165,6 +165,8 @@ def test_patches_are_measured_without_unfolding_them(
     monkeypatch.setattr("orthofast.training.patches.BUFFER", 1000)  # some images at a time
     x = torch.randn(images, 4, *size, dtype=torch.float64)
     moment = PatchMoment(4, kernel)
+    moment.add_images(x[:0])
+    assert moment.compute().isnan().all()
     for part in x.split(3):
         moment.add_images(part)
     flat = x if len(kernel) == 2 else x[:, :, None]
