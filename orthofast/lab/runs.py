@@ -18,11 +18,13 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from orthofast.lab.registry import REGISTRY
 from orthofast.lab.verdict import Verdict, failed, not_run
 
 Told = Callable[[str, str], None]  # (identifier, what happened)
+# a change of these changes no number
+SHOWING = {f"orthofast.lab.{name}" for name in ("drawing", "figures", "page", "registry", "command", "runs")}
 PICTURES = ("figure.svg", "figure.png", "figure-dark.svg")
 
 
@@ -134,11 +138,24 @@ def _plan(experiment: Experiment, settings: Settings, seeds: int) -> list[_Task]
 
 
 def _mark(experiment: Experiment, settings: Settings) -> str:
-    """Of settings, the experiment's source and the packages: what its numbers depend on."""
-    module = inspect.getmodule(experiment.run)
-    source = inspect.getsource(module) if module is not None else ""
-    told = json.dumps([experiment.id, settings.to_dict(), source, _versions()], sort_keys=True)
+    """Of settings, the sources in the lab that its numbers come from, and the packages."""
+    told = json.dumps([experiment.id, settings.to_dict(), _sources(experiment.run.__module__), _versions()])
     return hashlib.sha256(told.encode()).hexdigest()
+
+
+@cache
+def _sources(name: str) -> list[str]:
+    """Source of a module and of all modules of its package that it takes something from, directly or not."""
+    package, found, coming = name.rpartition(".")[0], {}, [name]
+    while coming:
+        module = sys.modules.get(coming.pop())
+        if module is None or module.__name__ in found or not inspect.getsourcefile(module):
+            continue
+        found[module.__name__] = inspect.getsource(module)
+        used = (value if inspect.ismodule(value) else inspect.getmodule(value) for value in vars(module).values())
+        others = {other.__name__ for other in used if other is not None}
+        coming += [other for other in others if other.rpartition(".")[0] == package and other not in SHOWING]
+    return [found[module] for module in sorted(found)]
 
 
 def _kept(file: Path, mark: str) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import orthofast
 from orthofast.errors import InputError
-from orthofast.lab import command, runs
+from orthofast.lab import command, drawing, nets, runs
 from orthofast.lab.drawing import declaration
 from orthofast.lab.experiment import Absent, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
@@ -229,3 +229,14 @@ def test_the_command_lists_runs_and_refuses(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(command.app, ["S9"])
     assert (wrong.exit_code, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("orthofast: 'S9' is no experiment")
+
+
+def test_a_kept_seed_minds_the_sources_its_numbers_come_from() -> None:
+    networks = Path(nets.__file__).read_text(encoding="utf-8")
+    charts = Path(drawing.__file__).read_text(encoding="utf-8")
+    experiment = REGISTRY["S0-T1"]
+    assert isinstance(experiment, Experiment)
+    found = runs._sources(experiment.run.__module__)
+    assert networks in found
+    assert charts not in found
+    assert Path(sys.modules[experiment.run.__module__].__file__ or "").read_text(encoding="utf-8") in found
