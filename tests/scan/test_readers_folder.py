@@ -285,3 +285,19 @@ def test_shards_of_meta_that_no_rule_covers_are_faults(tmp_path: Path) -> None:
     (tmp_path / "consolidated.00.pth").rename(tmp_path / "consolidated.02.pth")
     with pytest.raises(CheckpointError, match="some are missing"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["m-1.safetensors", "m-2.safetensors"])
+def test_of_a_tensor_in_two_shards_the_one_counts_that_the_index_names(named: str, tmp_path: Path) -> None:
+    values = {shard: torch.randn(4, 3) for shard in ("m-1.safetensors", "m-2.safetensors")}
+    for i, (shard, value) in enumerate(values.items()):
+        save_file({"w": value, f"own.{i}": torch.randn(2, 2)}, tmp_path / shard)
+    weight_map = {"own.0": "m-1.safetensors", "w": named, "own.1": "m-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    catalog = open_checkpoint(tmp_path)
+    assert sorted(extent.name for extent in catalog.extents) == ["own.0", "own.1", "w"]
+    assert same_bits(stored_values(catalog)["w"], values[named])
+    (fault,) = catalog.faults
+    assert fault.error == (
+        f"m-1.safetensors and m-2.safetensors both hold 'w'; that of {named} counts, as the index says"
+    )

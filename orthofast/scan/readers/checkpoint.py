@@ -168,8 +168,8 @@ def _add_files(catalog: Catalog, files: list[Path]) -> None:
             catalog.faults.append(Fault(file.name, str(error), whole_file=True))
 
 
-def _add_file(catalog: Catalog, file: Path) -> None:
-    """Extents and faults of one file of weights, by what it starts with."""
+def _add_file(catalog: Catalog, file: Path, shard_of: Mapping[str, str] | None = None) -> None:
+    """Extents and faults of one file of weights, by what it starts with; an index tells which of two copies counts."""
     start = first_bytes(file)
     if start.startswith(MAGIC):
         extents, faults, settings = read_gguf(file)
@@ -193,8 +193,13 @@ def _add_file(catalog: Catalog, file: Path) -> None:
     for extent in extents:
         key = (extent.offset, extent.nbytes, extent.dtype, extent.shape, extent.strides)
         if extent.name in known:
-            error = f"{file.name} and {known[extent.name]} both hold {extent.name!a}; the first counts"
+            told = Path((shard_of or {}).get(extent.name, "")).name
+            counts = f"that of {told} counts, as the index says" if told else "the first counts"
+            error = f"{known[extent.name]} and {file.name} both hold {extent.name!a}; {counts}"
             faults.append(Fault(extent.name, error, extent.shape))
+            if told == file.name:
+                catalog.extents = [e for e in catalog.extents if e.name != extent.name] + [extent]
+                known[extent.name] = file.name
         elif extent.nbytes and stored.setdefault(key, extent.name) != extent.name:
             catalog.tied[extent.name] = stored[key]
         else:
@@ -248,7 +253,7 @@ def _add_sharded(catalog: Catalog, folder: Path, index: Path) -> None:
         if shard in missing:
             continue
         try:
-            _add_file(catalog, folder / shard)
+            _add_file(catalog, folder / shard, weight_map)
         except CheckpointError as error:
             broken.append(str(error))
             catalog.faults += [Fault(name, str(error)) for name in shards[shard]]
