@@ -239,8 +239,6 @@ def test_version_and_module_are_the_command(tmp_path: Path) -> None:
     ("arguments", "tail", "code", "sentence"),
     [
         ("scan {model}", "| true", 141, ""),
-        ("scan {model} --json", "| true", 141, ""),
-        ("scan {model}", "> /dev/full", 2, "orthofast: the output cannot be written: No space left on device\n"),
         ("scan {model} --json", "> /dev/full", 2, "orthofast: the output cannot be written: No space left on device\n"),
         ("scan {model} --json", ">&-", 0, ""),
     ],
