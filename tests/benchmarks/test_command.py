@@ -139,12 +139,12 @@ def test_the_command_fails_and_reports_no_speed_when_ours_is_wrong(monkeypatch, 
 
 def test_peak_memory_sees_what_is_freed_before_the_call_ends():
     def call():
-        held = torch.ones(24 << 20, dtype=torch.uint8)
+        held = torch.ones(64 << 20, dtype=torch.uint8)
         return int(held[0])
 
     extra, method = memory.peak_of(call)
     if method == "VmHWM":
-        assert 20 << 20 <= extra <= 40 << 20
+        assert 60 << 20 <= extra <= 80 << 20  # too large for memory that was freed before
     else:
         assert extra >= 0
 
