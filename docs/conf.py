@@ -1,22 +1,31 @@
 """Settings of the manual."""
 
 import re
+from html import escape
 from importlib import metadata
 from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.util import logging
 
 project = "orthofast"
 author = "the orthofast authors"
 version = release = metadata.version("orthofast")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"orthofast {version}"
+html_static_path = ["_static"]
+html_css_files = ["manual.css"]
+html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+autosummary_generate = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 add_module_names = False
@@ -32,6 +41,18 @@ def keep_signs(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, line
         lines[number] = "".join(pieces)
 
 
+def show_math(writer: Any, node: nodes.Element) -> None:
+    """Formulas as MathML, which browsers draw without a script and without a network."""
+    latex, block = node.astext(), isinstance(node, nodes.math_block)
+    formula = convert(latex, display="block" if block else "inline")
+    if "\\" in formula or "&<" in formula:  # a command or an environment it does not know
+        logging.getLogger(__name__).warning("no MathML for %s", latex, location=node)
+    kind = "div" if block else "span"
+    writer.body.append(f'<{kind} class="math" title="{escape(latex)}">{formula}</{kind}>')
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
     """Run before napoleon reads the docstrings."""
     app.connect("autodoc-process-docstring", keep_signs, priority=400)
+    app.add_html_math_renderer("mathml", inline_renderers=(show_math, None), block_renderers=(show_math, None))
