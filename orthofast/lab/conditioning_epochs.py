@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from orthofast.lab.conditioning_residual import BATCH, BLOCKS, NETS, SIZE, watched
-from orthofast.lab.data import load
+from orthofast.lab.data import DIGITS_TRAIN, load
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.verdict import Check, Number, Verdict, below, judge, less, ordered, shown
@@ -18,7 +18,9 @@ TRAINED = {"small": BLOCKS[:3], "paper": BLOCKS}
 def figure8(settings: Settings) -> Raw:
     """Training loss of each epoch, both networks."""
     data = load(settings).standardized()
-    a_epoch, epochs = len(data.train) // BATCH, EPOCHS[settings.scale]
+    # of larger data, small epochs take as many images as digits have
+    images = len(data.train) if settings.scale == "paper" else min(len(data.train), DIGITS_TRAIN)
+    a_epoch, epochs = images // BATCH, EPOCHS[settings.scale]
     found: Raw = {"blocks": list(TRAINED[settings.scale]), "epoch": list(range(1, epochs + 1))}
     for net in NETS:
         found[net] = []
