@@ -46,13 +46,14 @@ FIGURE1 = {
     "BN": _fisher(1.0, 50.0),
 }
 CELL = {
+    "parameters": 576,
     "lambda_exact": 2.0,
     "lambda_kronecker": 1.6,
     "kappa_exact": [10.0, 100.0, 1e4],
     "kappa_mixed": [9.0, 80.0, 9e3],
     "kappa_kronecker": [8.0, 40.0, 900.0],
 }
-FIGURE2 = {"share": list(SHARES), **{kind: dict.fromkeys("368", CELL) for kind in ("Plain", "BN")}}
+FIGURE2 = {"share": list(SHARES), "images": 60_000, **{kind: dict.fromkeys("368", CELL) for kind in ("Plain", "BN")}}
 SHAPES = [f"{depth} x {width}" for depth, width in conditioning_fisher.SHAPES]
 SUPPLEMENT = {
     "shape": SHAPES,
@@ -63,7 +64,7 @@ SUPPLEMENT = {
 
 def _magnitudes(per_layer):
     values = [per_layer**layer for layer in range(20)]
-    return {"lambda_x": values, "lambda_g": values[::-1]}
+    return {"lambda_x": values, "lambda_g": values[::-1], "trace_g": values[::-1]}
 
 
 def _trained(per_layer):
@@ -106,9 +107,14 @@ def _last(blocks, stuck):
 
 
 BLOCKS = list(conditioning_residual.BLOCKS)
-FIGURE6 = {"blocks": BLOCKS, "mark": [1, 2, 3], "runs": [_last(blocks, blocks == 200) for blocks in BLOCKS]}
+FIGURE6 = {
+    "blocks": BLOCKS,
+    "classes": 10,
+    "mark": [1, 2, 3],
+    "runs": [_last(blocks, blocks == 200) for blocks in BLOCKS],
+}
 STABLE = _last(200, False) | {"lambda_x": [10.0, 16.0, 12.0], "highest": 3.1, "domination": [1.0, 0.5, 0.1]}
-FIGURE7 = {"mark": [1, 2, 3], "runs": [_last(200, True), STABLE]}
+FIGURE7 = {"classes": 10, "mark": [1, 2, 3], "runs": [_last(200, True), STABLE]}
 
 
 def _epochs(level, last):
@@ -172,6 +178,8 @@ def test_numbers_as_the_paper_has_them_reproduce_and_are_drawn(key):
         ("S2-F1", ("Plain", "lambda_full"), None),
         ("S2-F2", ("BN", "6", "lambda_kronecker"), 4.1),
         ("S2-F2", ("Plain", "3", "kappa_mixed", 1), 33.0),
+        ("S2-F2", ("Plain", "3", "kappa_kronecker", 1), 33.0),
+        ("S2-F2", ("BN", "6", "kappa_kronecker", 0), 31.0),
         ("S2-X2", ("BN", 2, "lambda"), 9e-6),
         ("S2-X2", ("Plain", 4, "kappa"), 20.0),
         ("S2-F3", ("Plain, random"), _trained(0.9)),
@@ -188,6 +196,7 @@ def test_numbers_as_the_paper_has_them_reproduce_and_are_drawn(key):
         ("S2-F6", ("runs", 3, "lambda_x"), [300.0, 9000.0, 10.0]),  # less than of 38 blocks
         ("S2-F6", ("runs", 3, "lambda_x", 2), 8e4),  # no collapse
         ("S2-F6", ("runs", 3, "late"), 0.5),
+        ("S2-F6", ("classes",), 100),
         ("S2-F6", ("runs", 2, "norm", 2), 2.0),
         ("S2-F6", ("runs", 3, "domination", 2), 0.5),
         ("S2-F7", ("runs", 1, "highest"), 30.0),
