@@ -13,21 +13,36 @@ from torch.nn import functional
 from orthofast.errors import InputError
 from orthofast.lab.data import Images
 
+KINDS: dict[str, tuple[Any, dict[str, float]]] = {
+    "sgd": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+}
 
-def optimizer_for(model: nn.Module, name: str, rate: float, *, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+
+def optimizer_for(
+    model: nn.Module, name: str, rate: float, *, weight_decay: float | None = None
+) -> torch.optim.Optimizer:
     """An optimiser by name: "sgd", "momentum" (0.9), "adam", "adamw" or "rmsprop".
+
+    Args:
+        model: whose trainable parameters it has.
+        name: of the optimiser.
+        rate: its learning rate.
+        weight_decay: None takes torch's own, which is 0.01 of AdamW (with 0 it is Adam) and 0 of the others.
 
     Raises:
         InputError: if the name is not known.
     """
+    if name not in KINDS:
+        raise InputError(f"optimizer needs one of {', '.join(KINDS)}, got {name!r}")
+    kind, more = KINDS[name]
+    if weight_decay is not None:
+        more = more | {"weight_decay": weight_decay}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if name in ("sgd", "momentum"):
-        momentum = 0.9 if name == "momentum" else 0.0
-        return torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=weight_decay)
-    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
-    if name not in kinds:
-        raise InputError(f"optimizer needs one of sgd, momentum, {', '.join(kinds)}, got {name!r}")
-    made: torch.optim.Optimizer = kinds[name](parameters, lr=rate, weight_decay=weight_decay)
+    made: torch.optim.Optimizer = kind(parameters, lr=rate, **more)
     return made
 
 

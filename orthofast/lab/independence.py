@@ -5,6 +5,7 @@ from __future__ import annotations
 from orthofast.lab import (
     independence_ablation,
     independence_beyond,
+    independence_convolutions,
     independence_lora,
     independence_optimizers,
     independence_pictures,
@@ -16,6 +17,7 @@ from orthofast.lab.experiment import Experiment
 
 ROOMS = (
     independence_optimizers,
+    independence_convolutions,
     independence_ablation,
     independence_residual,
     table5,

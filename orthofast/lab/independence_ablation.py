@@ -27,6 +27,7 @@ ARMS = {  # of the ablation: batch normalisation, shortcuts
     "Norm_Res": (True, True),
 }
 BOTH = ("Original", "Norm_Res")
+NORMALIZED = ("Normalization", "Norm_Res")
 Printed = dict[str, tuple[float, float]]  # of each arm: PII and accuracy (%)
 
 
@@ -41,21 +42,20 @@ class Sizes(TypedDict):
 
 
 class Row3(NamedTuple):
-    """A row of Table 3: what is trained, steps of the small version, what the paper prints."""
+    """A row of Table 3: what is trained, what the paper prints."""
 
     activation: str
     optimizer: str
     rate: float
-    steps: int
     printed: Printed
 
 
 ROWS3 = {
-    "Sigmoid, Adam": Row3("sigmoid", "adam", 1e-3, 1200, {"Original": (0.278, 97.88), "Norm_Res": (0.139, 98.13)}),
-    "Tanh, Adam": Row3("tanh", "adam", 1e-3, 300, {"Original": (0.136, 98.01), "Norm_Res": (0.118, 98.14)}),
-    "ReLU, Adam": Row3("relu", "adam", 1e-3, 300, {"Original": (0.138, 98.23), "Norm_Res": (0.09, 98.45)}),
-    "GELU, Adam": Row3("gelu", "adam", 1e-3, 1200, {"Original": (0.141, 98.16), "Norm_Res": (0.081, 98.24)}),
-    "GELU, SGD": Row3("gelu", "momentum", 0.1, 1200, {"Original": (0.053, 97.54), "Norm_Res": (0.036, 98.13)}),
+    "Sigmoid, Adam": Row3("sigmoid", "adam", 1e-3, {"Original": (0.278, 97.88), "Norm_Res": (0.139, 98.13)}),
+    "Tanh, Adam": Row3("tanh", "adam", 1e-3, {"Original": (0.136, 98.01), "Norm_Res": (0.118, 98.14)}),
+    "ReLU, Adam": Row3("relu", "adam", 1e-3, {"Original": (0.138, 98.23), "Norm_Res": (0.09, 98.45)}),
+    "GELU, Adam": Row3("gelu", "adam", 1e-3, {"Original": (0.141, 98.16), "Norm_Res": (0.081, 98.24)}),
+    "GELU, SGD": Row3("gelu", "momentum", 0.1, {"Original": (0.053, 97.54), "Norm_Res": (0.036, 98.13)}),
 }
 ABLATION = {  # appendix, Table 4: hidden layers 1 to 3
     "Original": (0.131, 0.148, 0.153),
@@ -63,6 +63,13 @@ ABLATION = {  # appendix, Table 4: hidden layers 1 to 3
     "Normalization": (0.100, 0.107, 0.128),
     "Norm_Res": (0.079, 0.090, 0.107),
 }
+NOISY = (
+    "Judged on the mean of the hidden layers, each with its own batch normalisation; one for all, as the paper's code "
+    "has it, stands beside. The order of the two lowest is noisy: on digits, seeds 0 to 5, Normalization had .064, "
+    ".076, .073, .074, .071, .058 against .063 of Norm_Res, so it turns in one seed of six; with one for all it had "
+    ".064, .079, .060, .063, .069, .076 and turns in two. Normalization still rises after 1200 steps: at "
+    "2340 it had .071 to .095 against .090 to .097 of Residual."
+)
 ALLOWED = 1.0  # % of the test images: by how much accuracy may differ before it counts as lower
 
 
@@ -122,22 +129,29 @@ def train_arm(
 
 def table3(settings: Settings) -> Raw:
     """Original against Norm_Res, by activation and optimiser."""
-    data = load(settings).flat()
+    data, sizes = load(settings).flat(), perceptron_sizes(settings)
     found: Raw = {}
-    for name, (activation, optimizer, rate, steps, _) in ROWS3.items():
-        sizes = perceptron_sizes(settings, steps)
+    for name, (activation, optimizer, rate, _) in ROWS3.items():
         found[name] = {arm: train_arm(data, arm, activation, optimizer, rate, **sizes)[1] for arm in BOTH}
     return found
 
 
 def appendix4(settings: Settings) -> Raw:
-    """Normalisation and shortcuts, each alone and both; GELU and Adam."""
+    """Normalisation and shortcuts, each alone and both; GELU and Adam; normalisation also shared by all layers."""
     data, sizes = load(settings).flat(), perceptron_sizes(settings)
-    return {arm: train_arm(data, arm, "gelu", "adam", 1e-3, **sizes, shared=True)[1] for arm in ARMS}
+    found: Raw = {arm: train_arm(data, arm, "gelu", "adam", 1e-3, **sizes)[1] for arm in ARMS}
+    for arm in NORMALIZED:
+        found[shared_name(arm)] = train_arm(data, arm, "gelu", "adam", 1e-3, **sizes, shared=True)[1]
+    return found
+
+
+def shared_name(arm: str) -> str:
+    """The key of an arm with one batch normalisation for all layers, where it has any."""
+    return f"{arm}, shared" if arm in NORMALIZED else arm
 
 
 def verdict3(raws: Sequence[Raw]) -> Verdict:
-    """Norm_Res has the lower PII in each row, and no lower accuracy; the SGD row is below the same net's with Adam."""
+    """Norm_Res has the lower PII in each row, and no lower accuracy; the row of SGD is below all of Adam's."""
     checks: list[Check] = []
     for name, row in ROWS3.items():
         original, norm_res = (values_of(raws, name, arm, "pii") for arm in BOTH)
@@ -148,39 +162,43 @@ def verdict3(raws: Sequence[Raw]) -> Verdict:
         what = f"{name}: test accuracy of Norm_Res minus Original (%)"
         checks.append(above(what, more, -ALLOWED, gained(row.printed, 1)))
     for arm in BOTH:
-        sgd, adam = (values_of(raws, name, arm, "pii") for name in ("GELU, SGD", "GELU, Adam"))
-        theirs = round(ROWS3["GELU, SGD"].printed[arm][0] - ROWS3["GELU, Adam"].printed[arm][0], 3)
-        checks.append(less(f"GELU, {arm}: PII with SGD minus with Adam", sgd, adam, theirs))
+        sgd = values_of(raws, "GELU, SGD", arm, "pii")
+        rows = [values_of(raws, name, arm, "pii") for name in ROWS3 if name != "GELU, SGD"]
+        least = [min(values) for values in zip(*rows, strict=True)]
+        printed = min(row.printed[arm][0] for name, row in ROWS3.items() if name != "GELU, SGD")
+        theirs = round(ROWS3["GELU, SGD"].printed[arm][0] - printed, 3)
+        checks.append(less(f"{arm}: PII with SGD minus the least with Adam", sgd, least, theirs))
     for name, row in ROWS3.items():
         checks += printed_numbers(raws, name, row.printed, "pii")
     checks.append(shown("PII before training", [raw["GELU, Adam"]["Original"]["initial"] for raw in raws]))
     return judge(
         checks,
-        f"Accuracy may be {ALLOWED} % lower, four test images. Batch normalisation is each layer's own; the paper's "
-        "code shares one among all and never calls eval().",
+        f"Accuracy may be {ALLOWED} % lower, four test images of digits. Batch normalisation is each layer's own; "
+        "the paper's code shares one among all and never calls eval().",
     )
 
 
 def verdict_appendix4(raws: Sequence[Raw]) -> Verdict:
-    """Norm_Res < Normalization < Residual < Original."""
+    """Norm_Res < Normalization < Residual < Original, with a batch normalisation of each layer's own."""
     order = list(reversed(ARMS))
-    values = {arm: [raw[arm]["pii"] for raw in raws] for arm in ARMS}
+    values = {arm: [raw[arm]["pii"] for raw in raws] for arm in raws[0]}
     steps = [_mean(ABLATION[arm]) for arm in order]
     theirs = round(min(later - earlier for earlier, later in pairwise(steps)), 3)
     checks = [ordered(f"mean PII, {' < '.join(order)}", [values[arm] for arm in order], theirs)]
-    checks += [
-        shown(f"{arm}: mean PII of the hidden layers", values[arm], round(_mean(ABLATION[arm]), 3)) for arm in ARMS
-    ]
-    for arm in ARMS:
-        for layer in range(len(ABLATION[arm])):
-            measured = [raw[arm]["layers"][layer] for raw in raws]
-            checks.append(shown(f"{arm}, hidden layer {layer + 1}: PII", measured, ABLATION[arm][layer]))
-    checks += [shown(f"{arm}: test accuracy (%)", [100 * raw[arm]["accuracy"] for raw in raws]) for arm in ARMS]
-    return judge(
-        checks,
-        "Judged on the mean of the hidden layers. One batch normalisation for all, as in the paper's code. "
-        "Normalization and Norm_Res are close here, closer before about 1000 steps.",
+    shared = [[raw[shared_name(arm)]["pii"] for arm in order] for raw in raws]
+    least = [min(later - earlier for earlier, later in pairwise(row)) for row in shared]
+    checks.append(shown("the same with one batch normalisation for all layers: smallest step", least, theirs))
+    checks.append(
+        shown("hidden layers in which the order holds (fraction)", [_in_order(raw, order) for raw in raws], 1)
     )
+    for arm in raws[0]:
+        printed = ABLATION.get(arm.removesuffix(", shared"), ())
+        checks.append(shown(f"{arm}: mean PII of the hidden layers", values[arm], round(_mean(printed), 3)))
+        for layer, number in enumerate(printed):
+            measured = [raw[arm]["layers"][layer] for raw in raws]
+            checks.append(shown(f"{arm}, hidden layer {layer + 1}: PII", measured, number))
+        checks.append(shown(f"{arm}: test accuracy (%)", [100 * raw[arm]["accuracy"] for raw in raws]))
+    return judge(checks, NOISY)
 
 
 def _drawn3(raws: Sequence[Raw]) -> Figure:
@@ -197,19 +215,25 @@ def _drawn3(raws: Sequence[Raw]) -> Figure:
 
 def _drawn_appendix4(raws: Sequence[Raw]) -> Figure:
     depth = list(range(1, len(raws[0]["Original"]["layers"]) + 1))
-    series = [Series(arm, depth, [raw[arm]["layers"] for raw in raws]) for arm in ARMS]
+    own, shared = (
+        [Series(arm, depth, [raw[key(arm)]["layers"] for raw in raws]) for arm in ARMS] for key in (str, shared_name)
+    )
     printed = [Series(arm, [1, 2, 3], [ABLATION[arm]], published=True) for arm in ARMS]
     axes = ("hidden layer", "PII")
     return Figure(
-        [Panel(*axes, series, "measured"), Panel(*axes, printed, "published")],
+        [
+            Panel(*axes, own, "measured, BN of each layer's own"),
+            Panel(*axes, shared, "measured, one BN for all"),
+            Panel(*axes, printed, "published"),
+        ],
         "PII of columns after training; batch normalisation and shortcuts alone and together.",
     )
 
 
-def perceptron_sizes(settings: Settings, steps: int = 1200) -> Sizes:
-    """Sizes for :func:`train_arm`: the paper's, or so many steps of small ones, ten batches of digits an epoch."""
+def perceptron_sizes(settings: Settings) -> Sizes:
+    """Sizes for :func:`train_arm`: the paper's, or small ones, ten batches of digits an epoch."""
     if settings.scale == "small":
-        return Sizes(width=200, hidden=5, steps=steps, batch=143, seed=settings.seed)
+        return Sizes(width=200, hidden=5, steps=1200, batch=143, seed=settings.seed)
     return Sizes(width=500, hidden=5, steps=20 * 117, batch=512, seed=settings.seed)
 
 
@@ -239,6 +263,12 @@ def printed_numbers(raws: Sequence[Raw], row: str, printed: Printed, field: str)
     return checks
 
 
+def _in_order(raw: Raw, order: Sequence[str]) -> float:
+    """Of the hidden layers the fraction in which PII rises along the order."""
+    layers = zip(*(raw[arm]["layers"] for arm in order), strict=True)
+    return _mean([float(all(one < other for one, other in pairwise(values))) for values in layers])
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
@@ -247,12 +277,12 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         "S0-T3",
         "Table 3: perceptrons with and without batch normalisation and shortcuts",
-        "Norm_Res lowers PII and does not lower accuracy, for each activation; PII is lower with SGD than with Adam.",
+        "Norm_Res lowers PII and does not lower accuracy, for each activation; the row of SGD has the lowest PII.",
         table3,
         verdict3,
         _drawn3,
         needs=("digits", "mnist"),
-        size="digits, five hidden layers of 200 instead of 500, 300 steps, 1200 with sigmoid and GELU.",
+        size="digits, five hidden layers of 200 instead of 500, 1200 steps.",
     ),
     Experiment(
         "S0-A4",

@@ -119,10 +119,12 @@ def verdict2(raws: Sequence[Raw]) -> Verdict:
             checks.append(shown(f"{arm}, {side}: mean Gram diagonal", [raw[arm][side]["diagonal"] for raw in raws]))
             entries = [raw[arm][side]["off_diagonal"] for raw in raws]
             checks.append(shown(f"{arm}, {side}: mean |Gram| off the diagonal", entries))
+            beside = [raw[arm][side]["off_diagonal"] / raw[arm][side]["diagonal"] for raw in raws]
+            checks.append(shown(f"{arm}, {side}: the same over the mean diagonal", beside))
     return judge(
         checks,
-        f"Hidden layer {LAYER + 1} of five, GELU, Adam. What shrinks is the off-diagonal beside the diagonal, which "
-        "may be the smaller one of the two networks.",
+        f"Hidden layer {LAYER + 1} of five, GELU, Adam. The diagonal holds squared lengths, which cosines do not see: "
+        "PII can fall while the diagonal falls too. The paper's numbers are in its image only.",
     )
 
 

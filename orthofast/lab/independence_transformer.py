@@ -125,7 +125,9 @@ def verdict(raws: Sequence[Raw]) -> Verdict:
         checks.append(shown(f"{arm}: loss (nats)", [raw[arm]["loss"] for raw in raws]))
     checks.append(shown("isotropic baseline of Linear_2", [raw["wrapped"]["baselines"]["Linear_2"] for raw in raws]))
     return judge(
-        checks, "The wrapped network is the control that the paper lacks: what both show is no effect of wrapping."
+        checks,
+        'The wrapped network is the control that the paper lacks: what both show is no effect of wrapping. "Clearly" '
+        f"is read as {CLEARLY} times; the paper's Linear_2 is 1.8 times its next largest matrix.",
     )
 
 

@@ -16,6 +16,7 @@ from orthofast.errors import CheckpointError, InputError
 from orthofast.lab import (
     independence_ablation,
     independence_beyond,
+    independence_convolutions,
     independence_lora,
     independence_optimizers,
     independence_pictures,
@@ -50,21 +51,27 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of everything, small networks, no files."""
-    for module in (independence_optimizers, independence_ablation, independence_residual, independence_pictures):
+    for module in (
+        independence_optimizers,
+        independence_convolutions,
+        independence_ablation,
+        independence_residual,
+        independence_pictures,
+    ):
         monkeypatch.setattr(module, "load", lambda settings: images())
     monkeypatch.setattr(independence_beyond, "load", lambda settings: images())
     sizes = independence_ablation.Sizes(width=24, hidden=5, steps=2, batch=20, seed=0)
     for module in (independence_ablation, independence_pictures):
-        monkeypatch.setattr(module, "perceptron_sizes", lambda settings, steps=2: sizes)
+        monkeypatch.setattr(module, "perceptron_sizes", lambda settings: sizes)
     monkeypatch.setattr(
         independence_optimizers, "_perceptron_sizes", lambda settings: {"width": 16, "steps": 2, "batch": 20, "seed": 0}
     )
-    for module in (independence_optimizers, independence_residual, independence_beyond):
+    for module in (independence_optimizers, independence_convolutions, independence_residual, independence_beyond):
         fit = module.fit
         monkeypatch.setattr(
             module, "fit", lambda *given, fit=fit, **named: fit(*given, **named | {"steps": 2, "batch": 20})
         )
-    monkeypatch.setattr(independence_beyond, "WIDTHS", (8, 12))
+    monkeypatch.setattr(independence_beyond, "WIDTHS", {"small": (8, 12)})
     monkeypatch.setattr(independence_beyond, "until_loss", short(independence_beyond.until_loss, width=12, most=3))
     monkeypatch.setattr(independence_beyond, "penalized", short(independence_beyond.penalized, width=12, steps=2))
     monkeypatch.setattr(
@@ -84,6 +91,7 @@ def short(run: Callable[..., object], **sizes: int) -> Callable[..., object]:
 
 MODULES = (
     independence_optimizers,
+    independence_convolutions,
     independence_ablation,
     independence_residual,
     independence_pictures,
@@ -122,7 +130,7 @@ def test_a_layer_of_equal_weights_starts_at_one_and_the_others_at_the_baseline()
 
 def test_colour_images_are_measured_at_the_central_tap_of_the_first_convolution() -> None:
     grey, colour = (
-        independence_optimizers.train_convnet(
+        independence_convolutions.train_convnet(
             images(channels), "adam", 1e-3, widths=(8, 8, 8), hidden=8, steps=1, batch=20, seed=0
         )
         for channels in (1, 3)

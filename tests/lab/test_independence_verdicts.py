@@ -12,6 +12,7 @@ import pytest
 from orthofast.lab import (
     independence_ablation,
     independence_beyond,
+    independence_convolutions,
     independence_lora,
     independence_optimizers,
     independence_pictures,
@@ -34,25 +35,26 @@ def trained(initial: Sequence[float], final: Sequence[float], accuracy: float, r
 def table1() -> Raw:
     start = (1.0, 0.035, 0.035)
     raw = {
-        name: trained(start, printed[:3], printed[3] / 100)
+        name: [trained(start, printed[:3], printed[3] / 100)]
         for name, printed in independence_optimizers.PUBLISHED1.items()
     }
-    return raw | {"momentum": trained(start, (0.99, 0.05, 0.05), 0.94)}
+    return raw | {"momentum": [trained(start, (0.99, 0.05, 0.05), 0.94)]}
 
 
 def rates() -> Raw:
     raw = table1()
     return {
-        name: [trained((1.0, 0.035, 0.035), (0.5, 0.9, 0.9), 0.2), raw[name]] for name in independence_optimizers.GRID
+        name: [trained((1.0, 0.035, 0.035), (0.5, 0.9, 0.9), 0.2), *raw[name]] for name in independence_optimizers.GRID
     }
 
 
 def table2() -> Raw:
     start = (1.0, 0.070, 0.050)
-    return {
+    runs = {
         name: [trained(start, printed[:3], printed[3] / 100)]
-        for name, printed in independence_optimizers.PUBLISHED2.items()
+        for name, printed in independence_convolutions.PUBLISHED2.items()
     }
+    return {"text": runs, "script": copy.deepcopy(runs)}
 
 
 def table3() -> Raw:
@@ -76,10 +78,12 @@ def table4() -> Raw:
 
 
 def appendix4() -> Raw:
-    return {
+    own = {
         arm: {"pii": sum(layers) / 3, "layers": list(layers), "accuracy": 0.98}
         for arm, layers in independence_ablation.ABLATION.items()
     }
+    shared = independence_ablation.NORMALIZED
+    return own | {independence_ablation.shared_name(arm): copy.deepcopy(own[arm]) for arm in shared}
 
 
 def figure2() -> Raw:
@@ -143,16 +147,21 @@ def drift() -> Raw:
             "accuracy": 0.96,
         }
 
-    return {name: one(0.04 if name in ("sgd", "momentum") else 0.09) for name in independence_beyond.RATES}
+    return {name: one(0.04 if "sgd" in name or name == "momentum" else 0.09) for name in independence_beyond.RATES}
 
 
 def widths() -> Raw:
-    return {"initial": [0.1, 0.08, 0.06, 0.04], "final": [0.2, 0.1, 0.05, 0.02], "ratio": [2.0, 1.5, 1.2, 1.1]}
+    return {
+        "widths": [50, 100, 200, 400],
+        "initial": [0.1, 0.08, 0.06, 0.04],
+        "final": [0.2, 0.1, 0.05, 0.02],
+        "ratio": [2.0, 1.5, 1.2, 1.1],
+    }
 
 
 def penalty() -> Raw:
     runs = [{"cols": pii, "rows": 0.1, "loss": 0.01, "accuracy": 0.98} for pii in (0.12, 0.06, 0.03, 0.003)]
-    return {"runs": runs}
+    return {"runs": runs, "baseline": 0.056}
 
 
 def changed(raw: Raw, place: Place, value: object) -> Raw:
@@ -171,11 +180,12 @@ CASES: list[tuple[Judge, Callable[[], Raw], list[tuple[Place, object]]]] = [
         independence_optimizers.verdict1,
         table1,
         [
-            (("sgd", "final", 0), 0.85),
-            (("adam", "final", 0), 0.95),
-            (("rmsprop", "final", 0), 0.92),
-            (("adamw", "final", 2), 0.3),
-            (("sgd", "final", 0), math.nan),
+            (("sgd", 0, "final", 0), 0.85),
+            (("adam", 0, "final", 0), 0.95),
+            (("rmsprop", 0, "final", 0), 0.92),
+            (("rmsprop", 0, "final"), [0.43, 0.153, 0.109]),  # closer to Adam than AdamW is
+            (("sgd", 0, "accuracy"), 0.71),
+            (("sgd", 0, "final", 0), math.nan),
         ],
     ),
     (
@@ -184,13 +194,13 @@ CASES: list[tuple[Judge, Callable[[], Raw], list[tuple[Place, object]]]] = [
         [(("sgd", 1, "final", 1), 0.3), (("sgd", 1, "accuracy"), 0.5), (("adam", 1, "final", 2), 0.036)],
     ),
     (
-        independence_optimizers.verdict2,
+        independence_convolutions.verdict2,
         table2,
         [
-            (("sgd", 0, "final", 0), 0.3),
-            (("sgd", 0, "final", 2), 0.3),
-            (("sgd", 0, "accuracy"), 0.5),
-            (("adamw", 0, "final", 1), 0.4),
+            (("text", "sgd", 0, "final", 0), 0.3),
+            (("text", "sgd", 0, "final", 2), 0.3),
+            (("text", "sgd", 0, "accuracy"), 0.79),
+            (("text", "adamw", 0, "final", 1), 0.4),
         ],
     ),
     (
@@ -199,7 +209,8 @@ CASES: list[tuple[Judge, Callable[[], Raw], list[tuple[Place, object]]]] = [
         [
             (("Tanh, Adam", "Norm_Res", "pii"), 0.2),
             (("ReLU, Adam", "Norm_Res", "accuracy"), 0.9),
-            (("GELU, SGD", "Original", "pii"), 0.2),
+            (("GELU, SGD", "Original", "pii"), 0.14),  # below GELU's with Adam, not below Tanh's
+            (("ReLU, Adam", "Norm_Res", "pii"), 0.03),
         ],
     ),
     (
@@ -243,13 +254,22 @@ CASES: list[tuple[Judge, Callable[[], Raw], list[tuple[Place, object]]]] = [
     (
         independence_beyond.verdict_drift,
         drift,
-        [(("sgd", "drift"), [0.2] * 3), (("slow adam", "drift"), [0.01] * 3), (("muon", "loss"), 0.2)],
+        [
+            (("sgd", "drift"), [0.2] * 3),
+            (("fast sgd", "drift"), [0.2] * 3),
+            (("slow adam", "drift"), [0.01] * 3),
+            (("muon", "loss"), 0.2),
+        ],
     ),
     (independence_beyond.verdict_widths, widths, [(("ratio", 3), 2.5), (("final", 3), 0.3)]),
     (
         independence_beyond.verdict_penalty,
         penalty,
-        [(("runs", 0, "accuracy"), 1.0), (("runs", 0, "cols"), 0.001)],
+        [
+            (("runs", 0, "accuracy"), 1.0),
+            (("runs", 0, "cols"), 0.001),
+            (("runs",), [penalty()["runs"][0], penalty()["runs"][1]] * 2),  # none below the baseline
+        ],
     ),
 ]
 
@@ -277,9 +297,35 @@ def test_a_row_whose_network_did_not_train_says_nothing() -> None:
 def test_a_rate_that_learns_less_does_not_stand_for_its_optimiser() -> None:
     raw = table2()
     idle = trained((1.0, 0.07, 0.05), (1.0, 0.07, 0.05), 0.1, 1e-5)
-    raw["sgd"].append(idle)
-    assert independence_optimizers.matched(raw)["sgd"] is raw["sgd"][0]
-    assert independence_optimizers.verdict2([raw | {"sgd": [idle]}]).status == NOT_REPRODUCED
+    raw["text"]["sgd"].append(idle)
+    assert independence_optimizers.matched(raw["text"])["sgd"] is raw["text"]["sgd"][0]
+    assert independence_convolutions.verdict2([raw]).status == REPRODUCED
+    alone = raw | {"text": raw["text"] | {"sgd": [idle]}}
+    assert independence_convolutions.verdict2([alone]).status == NOT_REPRODUCED
+
+
+def test_the_ablation_is_judged_on_layers_with_their_own_normalisation() -> None:
+    raw = appendix4()
+    turned = changed(raw, ("Normalization, shared", "pii"), 0.05)
+    verdict = independence_ablation.verdict_appendix4([raw, turned])
+    assert verdict.status == REPRODUCED
+    own, shared, layers = verdict.checks[:3]
+    assert own.measured == pytest.approx(0.0123, abs=1e-4)
+    assert shared.holds is None
+    assert shared.measured == pytest.approx((0.0123 + 0.05 - 0.092) / 2, abs=1e-4)
+    assert layers.measured == 1
+    inverted = changed(raw, ("Residual", "layers", 1), 0.2)
+    assert independence_ablation.verdict_appendix4([inverted]).checks[2].measured == pytest.approx(2 / 3)
+
+
+def test_wins_over_learning_rates_count_accurate_rates_only() -> None:
+    verdict = independence_optimizers.verdict_rates([rates()])
+    wins = [check.measured for check in verdict.checks if "pairs of accurate rates" in check.what]
+    assert wins == [1, 1, 1]
+    raw = rates()
+    raw["adam"][1]["final"] = [1.0, 0.036, 0.109]
+    wins = [check.measured for check in independence_optimizers.verdict_rates([raw]).checks if "pairs of" in check.what]
+    assert wins == [0.5, 0.5, 1]
 
 
 def test_printed_numbers_of_large_models_are_those_of_their_width() -> None:
