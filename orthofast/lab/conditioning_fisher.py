@@ -27,7 +27,9 @@ from orthofast.metrics import (
 )
 
 KINDS = {"Plain": "none", "BN": "hidden"}
-ROWS = {"small": 1437, "paper": 5000}  # images that Fisher matrices are means over; the dual is as large
+ROWS = {"small": 1437, "paper": 5000}  # images that the whole matrix is a mean over; its dual is as large
+ENOUGH = 10  # images a parameter from which a block's condition number tells little of their number
+SIDE = 12  # of all images but the digits
 DEPTH, WIDTH = 8, 24
 LAYERS = (3, 6)  # that the paper shows, counted from 1
 # of all eigenvalues; no more of the whole matrix's are nonzero than there are images
@@ -35,10 +37,15 @@ SHARES_F, SHARES = (0.05, 0.1, 0.2), (0.2, 0.5, 0.8)
 
 
 def images(settings: Settings) -> Images:
-    """Flat images; MNIST's centre 24 x 24 at half that size, as the paper has it."""
+    """Flat images; MNIST's centre 24 x 24 at half that size, as the paper has it; colours at that size, in grey."""
     data = load(settings)
-    if data.name == "mnist":
-        small = [functional.avg_pool2d(part[:, :, 2:26, 2:26], 2) for part in (data.train, data.test)]
+    if data.name != "digits":
+        edge = 2 if data.name == "mnist" else 0
+        small = []
+        for part in (data.train, data.test):
+            side = part.shape[-1] - edge
+            grey = part[:, :, edge:side, edge:side].mean(1, keepdim=True)
+            small.append(functional.adaptive_avg_pool2d(grey, SIDE))
         data = Images(data.name, small[0], data.train_labels, small[1], data.test_labels, data.classes)
     return data.flat()
 
@@ -58,14 +65,19 @@ def gradient_rows(model: nn.Module, inputs: Tensor, labels: Tensor) -> list[tupl
     return [(x, g) for (x, _), g in zip(seen, gradients, strict=True)]
 
 
-def rows_of(settings: Settings, kind: str, depth: int = DEPTH, width: int = WIDTH) -> list[tuple[Tensor, Tensor]]:
-    """Of a perceptron at its random start."""
-    data = images(settings)
+def rows_of(
+    settings: Settings, data: Images, kind: str, depth: int = DEPTH, width: int = WIDTH
+) -> list[tuple[Tensor, Tensor]]:
+    """Of a perceptron at its random start, all training images in one batch."""
     torch.manual_seed(settings.seed)
     model = mlp([data.train.shape[1], *[width] * (depth - 1), data.classes], normalization=KINDS[kind]).double()
-    count = ROWS[settings.scale]
-    model = model.to(settings.device)
-    return gradient_rows(model, data.train[:count].double(), data.train_labels[:count])
+    model = model.to(data.train.device)
+    return gradient_rows(model, data.train.double(), data.train_labels)
+
+
+def first(data: Images, count: int) -> Images:
+    """With so many training images."""
+    return Images(data.name, data.train[:count], data.train_labels[:count], data.test, data.test_labels, data.classes)
 
 
 # Figure 1
@@ -74,8 +86,9 @@ def rows_of(settings: Settings, kind: str, depth: int = DEPTH, width: int = WIDT
 def figure1(settings: Settings) -> Raw:
     """lambda_max of every block and of the whole matrix; kappa_p of the whole and of the blocks shown."""
     found: Raw = {"layer": list(range(1, DEPTH + 1)), "share_full": list(SHARES_F), "share": list(SHARES)}
+    data = first(images(settings), ROWS[settings.scale])
     for kind in KINDS:
-        rows = rows_of(settings, kind)
+        rows = rows_of(settings, data, kind)
         whole = fisher_spectrum(rows)
         size = sum(x.shape[1] * g.shape[1] for x, g in rows)
         blocks = [sub_fisher_spectrum(x, g) for x, g in rows]
@@ -134,8 +147,9 @@ def _verdict1(raws: Sequence[Raw]) -> Verdict:
             )
     return judge(
         checks,
-        "Absolute values depend on the data's scale. No more eigenvalues of the whole are nonzero than there are "
-        "images, so that its kappa is taken at small shares.",
+        "Plain's values depend on the scale of the data, BN's do not: that they are about 100 here and about 1 in the "
+        "picture, the text does not explain. No more eigenvalues of the whole are nonzero than there are images, so "
+        "that its kappa is taken at small shares. A kappa above 1e12 is a lower bound.",
     )
 
 
@@ -162,17 +176,20 @@ def figure2(settings: Settings) -> Raw:
     The pairs of different images are independent, what the approximation assumes; they are as many, and so tell what
     few images alone do to an exact spectrum.
     """
-    found: Raw = {"share": list(SHARES)}
-    others = torch.randperm(ROWS[settings.scale], generator=torch.Generator().manual_seed(settings.seed))
+    data = images(settings)
+    found: Raw = {"share": list(SHARES), "images": len(data.train)}
+    others = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(settings.seed))
+    others = others.to(data.train.device)
     for kind in KINDS:
         found[kind] = {}
-        rows = rows_of(settings, kind)
+        rows = rows_of(settings, data, kind)
         for layer in COMPARED:
             x, g = rows[layer - 1]
             exact, (of_x, of_g) = sub_fisher_spectrum(x, g), kronecker_factor_spectra(x, g)
-            mixed = sub_fisher_spectrum(x, g[others[others < len(g)].to(g.device)])
+            mixed = sub_fisher_spectrum(x, g[others])
             size = x.shape[1] * g.shape[1]
             found[kind][str(layer)] = {
+                "parameters": size,
                 "lambda_exact": exact[0],
                 "lambda_kronecker": of_x[0] * of_g[0],
                 "kappa_exact": [condition_number(exact, p, dimension=size).value for p in SHARES],
@@ -203,16 +220,18 @@ def _verdict2(raws: Sequence[Raw]) -> Verdict:
                     for key in ("mixed", "kronecker")
                 )
                 of = f"{what}: kappa at {SHARES[place]:.0%}"
-                checks += [
-                    between(f"{of}, independent pairs over exact", mixed, 1 / 3, 3, "match well"),
-                    shown(f"{of}, Kronecker over exact", kronecker, "match well"),
-                ]
+                checks.append(between(f"{of}, independent pairs over exact", mixed, 1 / 3, 3, "match well"))
+                if all(raw["images"] >= ENOUGH * raw[kind][str(layer)]["parameters"] for raw in raws):
+                    checks.append(between(f"{of}, Kronecker over exact", kronecker, 1 / 3, 3, "match well"))
+                else:
+                    checks.append(shown(f"{of}, Kronecker over exact", kronecker, "match well"))
     return judge(
         checks,
         "Taken as a match: largest eigenvalues within a factor of 2, condition numbers within one of 3; the paper "
-        "gives no number. An exact block of 576 parameters from 1437 images is ill-conditioned by their number "
+        "gives no number. An exact block of 576 parameters from the 1437 digits is ill-conditioned by their number "
         "alone, its factors are not: so the condition number is held against that of as many independent pairs of "
-        "inputs and gradients.",
+        f"inputs and gradients, and against Kronecker's where there are {ENOUGH} images a parameter. On the 60000 of "
+        "MNIST both ratios are alike, 0.5 to 0.7.",
     )
 
 
@@ -243,11 +262,12 @@ SHAPES = ((4, 24), (8, 24), (16, 24), (8, 48), (8, 96))  # linear layers, width
 
 def supplement(settings: Settings) -> Raw:
     """The middle layer's block by Kronecker factors for other depths and widths."""
+    data = images(settings)
     found: Raw = {"shape": [f"{depth} x {width}" for depth, width in SHAPES]}
     for kind in KINDS:
         cells = []
         for depth, width in SHAPES:
-            of_x, of_g = kronecker_factor_spectra(*rows_of(settings, kind, depth, width)[depth // 2 - 1])
+            of_x, of_g = kronecker_factor_spectra(*rows_of(settings, data, kind, depth, width)[depth // 2 - 1])
             kappa = kronecker_condition_number(of_x, of_g, 0.5).value
             cells.append({"lambda": of_x[0] * of_g[0], "kappa": kappa})
         found[kind] = cells

@@ -31,7 +31,6 @@ NETS = {"ResNet": "post", "LastBN": "last_bn"}
 RATE, MOMENTUM, DECAY, BATCH = 0.1, 0.9, 1e-4, 128
 STEPS = {"small": 60, "paper": 64_000}  # of Figures 6 and 7
 CUTS = (0.5, 0.75)  # of all epochs: where the rate is divided by 10
-GUESSING = math.log(10)
 DOMINATED = 1e-2  # gradient over weight, largest singular values; the paper names no threshold
 
 
@@ -145,7 +144,12 @@ def figure6(settings: Settings) -> Raw:
     steps = STEPS[settings.scale]
     marks, data = _marks(steps), load(settings).standardized()
     runs = [watched(settings, data, blocks, "ResNet", steps, marks=marks) for blocks in BLOCKS]
-    return {"blocks": list(BLOCKS), "mark": [mark + 1 for mark in marks], "runs": [_short(run, marks) for run in runs]}
+    return {
+        "blocks": list(BLOCKS),
+        "classes": data.classes,
+        "mark": [mark + 1 for mark in marks],
+        "runs": [_short(run, marks) for run in runs],
+    }
 
 
 def _short(run: dict[str, Any], marks: Sequence[int]) -> dict[str, Any]:
@@ -186,11 +190,12 @@ def _verdict6(raws: Sequence[Raw]) -> Verdict:
         near("exponent of lambda_max at the start over the number of blocks", exponents, 1, 0.15, "no number"),
         ordered("last weight's norm, end over start, by depth", norms, "grows with depth (image)"),
     ]
+    over = [None if loss is None else loss - math.log(raw["classes"]) for loss, raw in zip(late[-1], raws, strict=True)]
     gains = _column(raws, lambda run: run["domination"][-1])
     deepest = f"{blocks[-1]} blocks"
     checks += [
         below(f"{deepest}: least lambda_max of Sigma_x after its peak, over the peak", falls[-1], 0.5, "collapses"),
-        near(f"{deepest}: mean loss of the last 10 steps", late[-1], GUESSING, 0.4, "ln 10"),
+        near(f"{deepest}: mean loss of the last 10 steps minus guessing's", over, 0, 0.4, "0: stays at ln 10"),
         below(f"{deepest}: gradient over weight at the end", gains[-1], DOMINATED, "weight domination"),
     ]
     for place, number in enumerate(blocks):
@@ -219,7 +224,7 @@ def _drawn_last(raws: Sequence[Raw], names: Sequence[str], caption: str) -> Figu
         series = [
             Series(name, raws[0]["mark"], [raw["runs"][place][key] for raw in raws]) for place, name in enumerate(names)
         ]
-        levels = [("ln 10", GUESSING)] if key == "loss" else ()
+        levels = [(f"ln {raws[0]['classes']}", math.log(raws[0]["classes"]))] if key == "loss" else ()
         panels.append(Panel("step", title, series, x_log=True, y_log=True, points=False, levels=levels))
     return Figure(panels, caption)
 
@@ -236,7 +241,11 @@ def figure7(settings: Settings) -> Raw:
     steps = STEPS[settings.scale]
     marks, data = _marks(steps), load(settings).standardized()
     runs = [watched(settings, data, BLOCKS[-1], net, steps, marks=marks) for net in NETS]
-    return {"mark": [mark + 1 for mark in marks], "runs": [_short(run, marks) for run in runs]}
+    return {
+        "classes": data.classes,
+        "mark": [mark + 1 for mark in marks],
+        "runs": [_short(run, marks) for run in runs],
+    }
 
 
 def _verdict7(raws: Sequence[Raw]) -> Verdict:

@@ -1,6 +1,6 @@
 """Daneshmand et al. 2021 on training: depth slows learning, and weights made orthogonal from data undo it.
 
-Figures 4 and 5 of perceptrons, and Figure 7 of Appendix I of convolutional networks.
+Figures 4 and 5, of perceptrons.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import batches, fit, optimizer_for
-from orthofast.lab.nets import initialize_, mlp
+from orthofast.lab.nets import mlp
 from orthofast.lab.verdict import Number, Verdict, above, below, judge, less, ordered, shown
 from orthofast.metrics import singular_value_gap
 
 LAST = 20  # steps whose mean loss is a final loss
+DEPTH_4B = 20
 NETWORKS = 20  # random ones that one seed averages, for what needs no training
 # width, steps, batch, learning rate
 SIZES = {"small": (100, 400, 100, 0.01), "paper": (800, 3000, 500, 0.01)}
+SIZES_4B = {"small": (100, 400, 100, 0.01), "paper": (1000, 5000, 500, 0.01)}
 DEPTHS = {"small": (15, 30, 60), "paper": (15, 30, 45, 60, 75)}
 # name -> exponent, V', norm of iterative orthogonalisation; None for Xavier's random weights
 STARTS: dict[str, tuple[float, str, str] | None] = {
@@ -121,7 +123,7 @@ def _verdict5(raws: Sequence[Raw]) -> Verdict:
     return judge(
         checks,
         "V' is the slice of the paper, whose rows are not quite orthogonal. With an exactly orthogonal V', measured "
-        "apart, networks of depth 30 and 60 diverged at this rate.",
+        "apart, networks of depth 30 and 60 diverged or did not learn at this rate.",
     )
 
 
@@ -158,25 +160,33 @@ def _by_depth_figure(raws: Sequence[Raw], starts: Sequence[str]) -> Figure:
 
 
 def figure4b(settings: Settings) -> Raw:
-    """Gaps and loss along training of 20 layers."""
-    width, steps, batch, rate = SIZES[settings.scale]
+    """Gaps and loss along training of 20 layers: before it, and after each tenth; NaN ends what diverges."""
+    width, steps, batch, rate = SIZES_4B[settings.scale]
     data = load(settings).standardized().flat()
-    model = perceptron(data, 20, width)
-    last_hidden = list(model)[:-1]
+    torch.manual_seed(settings.seed)
+    model = perceptron(data, DEPTH_4B, width)
+    below_last = nn.Sequential(*list(model)[:-1])
     every = max(1, steps // 10)
     found: Raw = {"step": [], "gap": [], "hidden_gap": [], "loss": []}
 
     @torch.no_grad()
-    def note(step: int, loss: float, logits: Tensor | None = None) -> None:
-        if step % every and step != 1:
-            return
-        inputs = data.train[:batch]
-        found["step"].append(0 if step == 1 else step)
+    def note(step: int) -> None:
+        found["step"].append(step)
         found["gap"].append(logit_gap(model, data, batch, settings.seed))
-        found["hidden_gap"].append(orthogonality_gap(nn.Sequential(*last_hidden)(inputs)))
-        found["loss"].append(loss)
+        found["hidden_gap"].append(orthogonality_gap(below_last(data.train[:batch])))
 
-    fit(model, data, optimizer_for(model, "sgd", rate), steps=steps, batch=batch, seed=settings.seed, after=note)
+    def after(step: int, loss: float, _: Tensor) -> None:
+        if step == 1 or step % every == 0:
+            found["loss"].append(loss)
+        if step > 1 and step % every == 0:
+            note(step)
+
+    note(0)
+    optimizer = optimizer_for(model, "sgd", rate)
+    losses = fit(model, data, optimizer, steps=steps, batch=batch, seed=settings.seed, after=after)
+    if not math.isfinite(losses[-1]):
+        for key, last in (("step", steps), ("gap", math.nan), ("hidden_gap", math.nan), ("loss", math.nan)):
+            found[key].append(last)
     return found
 
 
@@ -218,108 +228,6 @@ def _drawn4b(raws: Sequence[Raw]) -> Figure:
     )
 
 
-# Figure 7 of Appendix I
-
-EXTRA = {"small": (5, 30), "paper": (15, 75)}  # 3 x 3 convolutions added to the network
-# channels, steps, batch, learning rate
-SIZES_7 = {"small": (12, 200, 30, 0.003), "paper": (256, 33_000, 30, 0.001)}
-
-
-def convolutions(data: Images, extra: int, channels: int) -> nn.Sequential:
-    """A narrow relative of the paper's network: a convolution, pooling to 4 x 4, ``extra`` more, a linear layer."""
-    side = data.train.shape[-1]
-    layers: list[nn.Module] = [
-        nn.Conv2d(data.train.shape[1], channels, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(side // 4),
-    ]
-    for _ in range(extra):
-        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, data.classes))
-    initialize_(model)
-    for layer in model:
-        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
-            nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-    return model.to(data.train.device)
-
-
-def figure7(settings: Settings) -> Raw:
-    """Final loss of few and of many extra convolutions, from Xavier's and from orthogonal starts."""
-    channels, steps, batch, rate = SIZES_7[settings.scale]
-    data = load(settings).standardized()
-    found: Raw = {"extra": list(EXTRA[settings.scale]), "step": list(range(1, steps + 1)), "losses": {}}
-    for extra in EXTRA[settings.scale]:
-        for start in ("Xavier", "orthogonal"):
-            torch.manual_seed(settings.seed)
-            model = convolutions(data, extra, channels)
-            if start == "orthogonal":
-                inputs = next(batches(data, 2 * batch, 1, settings.seed))[0]
-                orthogonalize_(model, inputs, select=_same_channels(model), normalize="output")
-            optimizer = optimizer_for(model, "momentum", rate)
-            losses = fit(model, data, optimizer, steps=steps, batch=batch, seed=settings.seed)
-            found["losses"][f"{extra}, {start}"] = losses
-    return found
-
-
-def _same_channels(model: nn.Module) -> list[str]:
-    """The convolutions that the paper's code writes: those with as many outputs as inputs."""
-    return [
-        f"{name}.weight"
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels
-    ]
-
-
-def _verdict7(raws: Sequence[Raw]) -> Verdict:
-    def final(key: str) -> list[Number]:
-        return [_tail_mean(raw["losses"][key]) for raw in raws]
-
-    few, many = raws[0]["extra"]
-    return judge(
-        [
-            less(
-                f"final loss with {many} extra convolutions, orthogonal minus Xavier",
-                final(f"{many}, orthogonal"),
-                final(f"{many}, Xavier"),
-                "about 1.30 minus 1.91 with 75 (image)",
-            ),
-            less(
-                f"final loss with {few} extra convolutions, Xavier minus orthogonal",
-                final(f"{few}, Xavier"),
-                final(f"{few}, orthogonal"),
-                "about 0.92 minus 1.17 with 15 (image)",
-            ),
-            *(shown(f"final loss, {extra} extra, {start}", final(f"{extra}, {start}")) for extra, start in _arms(raws)),
-        ],
-        "The published curves themselves show Xavier ahead with 15 extra convolutions.",
-    )
-
-
-def _arms(raws: Sequence[Raw]) -> list[tuple[int, str]]:
-    return [(extra, start) for extra in raws[0]["extra"] for start in ("Xavier", "orthogonal")]
-
-
-def _tail_mean(losses: Sequence[float | None]) -> float | None:
-    known = [loss for loss in losses[-LAST:] if loss is not None]
-    return statistics.fmean(known) if len(known) == len(losses[-LAST:]) else None
-
-
-def _drawn7(raws: Sequence[Raw]) -> Figure:
-    panels = []
-    for extra in raws[0]["extra"]:
-        series = []
-        for start in ("Xavier", "orthogonal"):
-            runs = [_smoothed(raw["losses"][f"{extra}, {start}"]) for raw in raws]
-            series.append(Series(start, raws[0]["step"][LAST - 1 :: LAST], runs))
-        panels.append(Panel("step", f"loss, mean of {LAST} steps", series, title=f"{extra} extra convolutions"))
-    return Figure(panels, "Convolutional networks without BN, SGD with momentum.")
-
-
-def _smoothed(losses: Sequence[float | None]) -> list[float | None]:
-    return [_tail_mean(losses[:end]) for end in range(LAST, len(losses) + 1, LAST)]
-
-
 def _experiment(
     key: str,
     title: str,
@@ -359,14 +267,5 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         _verdict5,
         _drawn5,
         "width 100, 400 steps of 100 images instead of width 800 and 30 epochs of CIFAR-10.",
-    ),
-    _experiment(
-        "F7",
-        "Appendix I, Figure 7: convolutional networks from orthogonal starts",
-        "Orthogonal starts help where the network is very deep, not where it is less so.",
-        figure7,
-        _verdict7,
-        _drawn7,
-        "12 channels and 5 or 30 extra convolutions, 200 steps, instead of 256, 15 or 75, and 20 epochs of CIFAR-10.",
     ),
 )

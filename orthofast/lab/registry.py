@@ -8,6 +8,7 @@ from orthofast.errors import InputError
 from orthofast.lab import (
     absent,
     batchnorm_regularization,
+    deep_convolutions,
     deep_layers,
     deep_training,
     independence,
@@ -23,6 +24,7 @@ ROOMS = (
     representation_limits,
     deep_layers,
     deep_training,
+    deep_convolutions,
     layer_conditioning,
     batchnorm_regularization,
 )

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from orthofast.lab import batchnorm_regularization, deep_layers, deep_training, representation_limits, representations
+from orthofast.lab import (
+    batchnorm_regularization,
+    deep_convolutions,
+    deep_layers,
+    deep_training,
+    representation_limits,
+    representations,
+)
 from orthofast.lab.experiment import Experiment
 from orthofast.lab.verdict import (
     FAILED,
@@ -183,7 +190,14 @@ def _noise(power: float) -> dict[str, Any]:
     }
 
 
-ROOMS = (representations, representation_limits, deep_layers, deep_training, batchnorm_regularization)
+ROOMS = (
+    representations,
+    representation_limits,
+    deep_layers,
+    deep_training,
+    deep_convolutions,
+    batchnorm_regularization,
+)
 REPRESENTATIONS: tuple[Experiment, ...] = tuple(one for room in ROOMS for one in room.EXPERIMENTS)
 CASES = [
     ("S1-F1", _cosines(0.11, 0.8), [_cosines(0.5, 0.8), _cosines(0.11, 0.4)]),
