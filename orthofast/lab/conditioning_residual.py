@@ -71,12 +71,12 @@ def network(data: Images, blocks: int, net: str, seed: int, scale: str) -> tuple
 
 
 def augmented(images: Tensor, noise: torch.Generator) -> Tensor:
-    """CIFAR as in the paper's code, each image by itself: reflected by 4 and cropped, flipped half the time."""
+    """CIFAR as in the paper's code: reflected by 4 and cropped, each image by itself; exactly half of them flipped."""
     padded = functional.pad(images, (4, 4, 4, 4), mode="reflect")
     n, _, height, width = images.shape
     row = torch.randint(9, (n, 1), generator=noise) + torch.arange(height)
     column = torch.randint(9, (n, 1), generator=noise) + torch.arange(width)
-    flipped = torch.rand(n, generator=noise) < 0.5
+    flipped = torch.randperm(n, generator=noise)[: n // 2]
     column[flipped] = column[flipped].flip(1)
     rows, columns = row.to(images.device), column.to(images.device)
     every = torch.arange(n, device=images.device)[:, None, None]

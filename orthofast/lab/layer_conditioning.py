@@ -8,6 +8,7 @@ from orthofast.lab import (
     conditioning_layers,
     conditioning_linear,
     conditioning_residual,
+    conditioning_tables,
 )
 from orthofast.lab.experiment import Experiment
 
@@ -16,6 +17,7 @@ PARTS = (
     conditioning_layers,
     conditioning_residual,
     conditioning_epochs,
+    conditioning_tables,
     conditioning_linear,
 )
 EXPERIMENTS: tuple[Experiment, ...] = tuple(one for part in PARTS for one in part.EXPERIMENTS)

@@ -231,7 +231,7 @@ def test_a_gradient_of_zero_is_the_utmost_of_domination():
 def test_every_table_and_figure_has_its_entry():
     entries = {key for key in REGISTRY if key.startswith("S2-")}
     assert entries == {f"S2-{key}" for key in ("T1", "T1b", "T2", "X1")} | set(GOOD)
-    assert set(FOUND) == set(GOOD)
+    assert set(FOUND) == {f"S2-{key}" for key in ("T1", "T1b", "T2")} | set(GOOD)
 
 
 def test_gradient_rows_make_the_weights_gradients_and_the_fisher_matrix():
