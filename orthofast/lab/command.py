@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from orthofast.errors import OrthofastError
+from orthofast.commands.exits import INTERRUPTED, PARTIAL, exit_codes, say
+from orthofast.commands.terminal import console, line
+from orthofast.errors import InputError
+from orthofast.lab.data import read
 from orthofast.lab.experiment import Absent, Experiment, Settings
 from orthofast.lab.page import number, write_summary
 from orthofast.lab.registry import find
@@ -23,9 +37,8 @@ from orthofast.lab.table5 import OPTION
 from orthofast.lab.verdict import FAILED, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 
 STYLES = {REPRODUCED: "green", NOT_REPRODUCED: "yellow", NOT_RUN: "dim", FAILED: "red"}
-WIDE = 160
+BAR_WIDTH = 78  # of the bar and its figures
 TABLE5 = "S0-T5"
-UNUSABLE, SOME_FAILED, INTERRUPTED = 2, 3, 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -56,13 +69,14 @@ def lab(
     """Measure the papers' tables and figures, and judge their claims.
 
     Results with the same settings are kept: an interrupted run goes on where it was. Exit codes: 0 done, whatever the
-    verdicts, 2 wrong usage, 3 an experiment stopped with an error, 130 interrupted.
+    verdicts, 2 wrong usage or unreadable data, 3 an experiment stopped with an error, 4 an optional package is missing,
+    130 interrupted.
     """
-    try:
-        experiments, models = list(experiments or ()), []
-        if experiments[:1] == ["table5"]:
-            experiments, models = [TABLE5], experiments[1:]
-        entries = find(experiments)
+    with exit_codes():
+        given, models = list(experiments or ()), []
+        if given[:1] == ["table5"]:
+            given, models = [TABLE5], given[1:]
+        entries = find(given)
         if listed:
             print_list(entries)
             return
@@ -73,50 +87,100 @@ def lab(
             device=device,
             options=((OPTION, "\n".join(models)),) if models else (),
         )
+        check(entries, settings, out)
         total = sum(seeds if entry.statistical else 1 for entry in entries if isinstance(entry, Experiment))
-        with _bar(total) as told:
-            jobs = jobs or (os.cpu_count() or 1)
-            outcomes = run_all(entries, settings, out, seeds=seeds, jobs=jobs, fresh=fresh or bool(models), told=told)
+        try:
+            with _bar(total) as told:
+                jobs = jobs or (os.cpu_count() or 1)
+                again = fresh or bool(models)  # files of a model may have changed
+                outcomes = run_all(entries, settings, out, seeds=seeds, jobs=jobs, fresh=again, told=told)
+        except KeyboardInterrupt:
+            say("orthofast: interrupted; finished seeds are kept, the same command without --fresh goes on from there")
+            raise typer.Exit(INTERRUPTED) from None
+        if models and outcomes[0].verdict.status in (FAILED, NOT_RUN):
+            raise InputError(outcomes[0].verdict.note)
         write_summary(outcomes, settings, out)
-    except OrthofastError as error:
-        typer.echo(f"orthofast: {error}", err=True)
-        raise typer.Exit(UNUSABLE) from None
-    except KeyboardInterrupt:
-        typer.echo("orthofast: interrupted; finished seeds are kept, the same command goes on from there", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    print_outcomes(outcomes)
-    typer.echo(f"{out / 'index.html'}")
-    if any(one.verdict.status == FAILED for one in outcomes):
-        raise typer.Exit(SOME_FAILED)
+        print_outcomes(outcomes)
+        line(f"{out / 'index.html'}")
+        if any(one.verdict.status == FAILED for one in outcomes):
+            raise typer.Exit(PARTIAL)
 
 
 def main() -> None:
     """Entry point of ``python -m orthofast.lab``."""
+    if sys.stdout is None:  # closed by the caller: what would be printed goes nowhere
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     app(prog_name="orthofast lab")
 
 
+def check(entries: Sequence[Experiment | Absent], settings: Settings, out: Path) -> None:
+    """Refuse, before anything runs, a device or data that are not there and a folder that takes no files.
+
+    Raises:
+        InputError: with what is needed.
+    """
+    check_device(settings.device)
+    if any(isinstance(entry, Experiment) and settings.data in entry.needs for entry in entries):
+        read(settings.data, settings.data_folder)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out needs a folder, {out} is a file")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"--out needs a folder that takes files, {out} does not: {error.strerror}") from None
+
+
+def check_device(name: str) -> None:
+    """Refuse a device on which nothing can be trained here.
+
+    Raises:
+        InputError: if it is neither the processor nor a CUDA device that is there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device needs cpu, cuda or such as cuda:1, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device needs cpu or cuda, got {name!r}; the lab trains nowhere else")
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= count):
+        raise InputError(f"--device {name} needs a CUDA device, torch finds {count or 'none'} here; use --device cpu")
+
+
 def print_list(entries: Sequence[Experiment | Absent]) -> None:
-    """One line an entry."""
+    """One line an entry; on a terminal titles are folded within their column."""
+    rows = [
+        (entry.id, ", ".join(entry.needs) or "no data", entry.title)
+        if isinstance(entry, Experiment)
+        else (entry.id, "not run here", f"{entry.title}; {entry.reason}")
+        for entry in entries
+    ]
+    heads = ("id", "runs on", "what")
+    out = console()
+    if not out.is_terminal:
+        widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(2)]
+        for row in (heads, *rows):
+            line(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}")
+        return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for head in ("id", "runs on", "what"):
+    for head in heads:
         table.add_column(head, no_wrap=head != "what", overflow="fold")
-    for entry in entries:
-        if isinstance(entry, Absent):
-            table.add_row(entry.id, Text("not run here", style="dim"), Text(f"{entry.title}; {entry.reason}"))
-        else:
-            table.add_row(entry.id, Text(", ".join(entry.needs) or "no data"), Text(entry.title))
-    _console().print(table)
+    for entry, row in zip(entries, rows, strict=True):
+        table.add_row(*(Text(cell, style="dim" if isinstance(entry, Absent) else "") for cell in row))
+    out.print(table)
 
 
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     """Verdicts, with the conditions that decided them."""
-    out = _console()
+    out = console()
     for one in outcomes:
         status = one.verdict.status
-        line = Text(f"{one.entry.id:9}")
-        line.append(f"{status:16}", style=STYLES[status])
-        line.append(one.entry.title)
-        out.print(line, soft_wrap=True)
+        head = Text(f"{one.entry.id:9}")
+        head.append(f"{status:16}", style=STYLES[status])
+        head.append(one.entry.title)
+        out.print(head, soft_wrap=True)
         if status in (NOT_RUN, FAILED):
             out.print(Text(f"          {one.verdict.note}", style="dim"), soft_wrap=True)
         for check in one.verdict.checks:
@@ -126,28 +190,38 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
             spread = "" if check.spread is None else f" ± {number(check.spread)}"
             said = f"{check.what}: {number(check.measured)}{spread}, needed {check.needed}"
             said += "" if check.published is None else f", published {number(check.published)}"
-            out.print(Text(f"          {mark}", style=STYLES[REPRODUCED if check.holds else NOT_REPRODUCED]) + said)
-
-
-def _console(stderr: bool = False) -> Console:
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=WIDE, color_system=None)
+            sentence = Text(f"          {mark}", style=STYLES[REPRODUCED if check.holds else NOT_REPRODUCED])
+            sentence.append(said, style="none")
+            out.print(sentence, soft_wrap=True)
 
 
 @contextmanager
 def _bar(total: int) -> Iterator[Told]:
-    """A bar over all seeds of all experiments, on a terminal; lines elsewhere."""
-    err = _console(stderr=True)
+    """A bar over all seeds of all experiments with the time, on a terminal; a line a finished seed elsewhere."""
+    err = console(stderr=True)
     if not err.is_terminal:
+        started, done = time.monotonic(), 0
 
-        def line(identifier: str, what: str) -> None:
-            if what in ("running", "kept"):
-                err.print(Text(f"{identifier} {what}"))
+        def told_line(identifier: str, what: str) -> None:
+            nonlocal done
+            if what in ("done", "kept"):
+                done += 1
+                passed = timedelta(seconds=round(time.monotonic() - started))
+                say(f"{done} of {total}  {passed}  {identifier} {what}")
 
-        yield line
+        yield told_line
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("passed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        TextColumn("{task.description}", markup=False),
+    )
     with Progress(*columns, console=err, transient=True) as bar:
+        room = max(0, err.width - BAR_WIDTH)  # for what runs
         task = bar.add_task("", total=total)
         busy: list[str] = []
 
@@ -158,6 +232,7 @@ def _bar(total: int) -> Iterator[Told]:
                 if identifier in busy:
                     busy.remove(identifier)
                 bar.advance(task)
-            bar.update(task, description=", ".join(busy) if what != "judging" else f"judging {identifier}")
+            said = f"judging {identifier}" if what == "judging" else ", ".join(busy)
+            bar.update(task, description=said[:room])
 
         yield told

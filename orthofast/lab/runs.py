@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ from typing import Any
 import numpy
 import torch
 
-from orthofast.errors import InputError, MissingPackageError
+from orthofast.errors import InputError, MissingPackageError, OrthofastError
 from orthofast.lab.drawing import pictures
 from orthofast.lab.experiment import Absent, Experiment, Raw, Settings
 from orthofast.lab.registry import REGISTRY
@@ -114,13 +114,14 @@ def run_all(
         else:
             results[task.id][task.settings.seed] = kept
             told(task.id, "kept")
-    for task, found in _measured(waiting, experiments, jobs, told):
-        if isinstance(found, Verdict):
-            errors.setdefault(task.id, found)
-        else:
-            _write_json(_seed_file(out, task), found)
-            results[task.id][task.settings.seed] = found
-        told(task.id, "done")
+    with contextlib.closing(_measured(waiting, experiments, jobs, told)) as measured:
+        for task, found in measured:
+            if isinstance(found, Verdict):
+                errors.setdefault(task.id, found)
+            else:
+                _write_json(_seed_file(out, task), found)
+                results[task.id][task.settings.seed] = found
+            told(task.id, "done")
     outcomes = []
     for entry in entries:
         if isinstance(entry, Absent):
@@ -168,7 +169,7 @@ def _kept(file: Path, mark: str) -> dict[str, Any] | None:
 
 def _measured(
     tasks: Sequence[_Task], experiments: dict[str, Experiment], jobs: int, told: Told
-) -> Iterator[tuple[_Task, dict[str, Any] | Verdict]]:
+) -> Generator[tuple[_Task, dict[str, Any] | Verdict]]:
     """What each task measured, or why it did not, as they finish."""
     elsewhere = [task for task in tasks if jobs > 1 and REGISTRY.get(task.id) is experiments[task.id]]
     here = [task for task in tasks if task not in elsewhere]
@@ -179,7 +180,8 @@ def _measured(
         yield task, _guarded(lambda task=task: _run(experiments[task.id], task))  # type: ignore[misc]
 
 
-def _in_processes(tasks: Sequence[_Task], jobs: int, told: Told) -> Iterator[tuple[_Task, dict[str, Any] | Verdict]]:
+def _in_processes(tasks: Sequence[_Task], jobs: int, told: Told) -> Generator[tuple[_Task, dict[str, Any] | Verdict]]:
+    before = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
     queue = list(reversed(tasks))
     running: dict[Future[dict[str, Any] | Verdict], _Task] = {}
@@ -195,6 +197,11 @@ def _in_processes(tasks: Sequence[_Task], jobs: int, told: Told) -> Iterator[tup
         except BrokenProcessPool:
             lost = failed("the process that ran it was lost, out of memory perhaps; try --jobs 1")
             yield from ((task, lost) for task in (*running.values(), *queue))
+        except BaseException:  # an interrupt waits for no experiment
+            for child in multiprocessing.active_children():
+                if child not in before:
+                    child.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -216,6 +223,8 @@ def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | Verdict:
         return work()
     except (InputError, MissingPackageError) as error:
         return not_run(str(error))
+    except OrthofastError as error:
+        return failed(str(error))
     except Exception as error:  # noqa: BLE001
         return failed(f"{type(error).__name__}: {error}")
 

@@ -206,6 +206,8 @@ def test_the_lab_uses_public_names_only() -> None:
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("orthofast"):
                 continue
             room = str(node.module).removeprefix("orthofast").removeprefix(".")
+            if file.name == "command.py" and room.startswith("commands."):
+                continue  # the terminal and the exit codes of the other commands
             if room == "lab" or room.startswith("lab.") or room == "errors":
                 continue
             public = set(orthofast.__all__) | {"lab"} if room == "" else set(getattr(rooms.get(room), "__all__", ()))
