@@ -151,7 +151,7 @@ def shared_name(arm: str) -> str:
 
 
 def verdict3(raws: Sequence[Raw]) -> Verdict:
-    """Norm_Res has the lower PII in each row, and no lower accuracy; the row of SGD is below all of Adam's."""
+    """Norm_Res has the lower PII in each row, and no lower accuracy; the SGD row is below the same net's with Adam."""
     checks: list[Check] = []
     for name, row in ROWS3.items():
         original, norm_res = (values_of(raws, name, arm, "pii") for arm in BOTH)
@@ -162,19 +162,23 @@ def verdict3(raws: Sequence[Raw]) -> Verdict:
         what = f"{name}: test accuracy of Norm_Res minus Original (%)"
         checks.append(above(what, more, -ALLOWED, gained(row.printed, 1)))
     for arm in BOTH:
-        sgd = values_of(raws, "GELU, SGD", arm, "pii")
-        rows = [values_of(raws, name, arm, "pii") for name in ROWS3 if name != "GELU, SGD"]
-        least = [min(values) for values in zip(*rows, strict=True)]
-        printed = min(row.printed[arm][0] for name, row in ROWS3.items() if name != "GELU, SGD")
-        theirs = round(ROWS3["GELU, SGD"].printed[arm][0] - printed, 3)
-        checks.append(less(f"{arm}: PII with SGD minus the least with Adam", sgd, least, theirs))
+        sgd, adam = (values_of(raws, name, arm, "pii") for name in ("GELU, SGD", "GELU, Adam"))
+        theirs = round(ROWS3["GELU, SGD"].printed[arm][0] - ROWS3["GELU, Adam"].printed[arm][0], 3)
+        checks.append(less(f"GELU, {arm}: PII with SGD minus with Adam", sgd, adam, theirs))
+    for arm in BOTH:
+        others = [name for name in ROWS3 if name != "GELU, SGD"]
+        rows = zip(*(values_of(raws, name, arm, "pii") for name in others), strict=True)
+        apart = [one - min(row) for one, row in zip(values_of(raws, "GELU, SGD", arm, "pii"), rows, strict=True)]
+        theirs = round(ROWS3["GELU, SGD"].printed[arm][0] - min(ROWS3[name].printed[arm][0] for name in others), 3)
+        checks.append(shown(f"{arm}: PII with SGD minus the least with Adam, any activation", apart, theirs))
     for name, row in ROWS3.items():
         checks += printed_numbers(raws, name, row.printed, "pii")
     checks.append(shown("PII before training", [raw["GELU, Adam"]["Original"]["initial"] for raw in raws]))
     return judge(
         checks,
         f"Accuracy may be {ALLOWED} % lower, four test images of digits. Batch normalisation is each layer's own; "
-        "the paper's code shares one among all and never calls eval().",
+        "the paper's code shares one among all and never calls eval(). SGD is judged against Adam with the same "
+        "activation, as the text compares them; beside it stands the least of all rows with Adam.",
     )
 
 
@@ -277,7 +281,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         "S0-T3",
         "Table 3: perceptrons with and without batch normalisation and shortcuts",
-        "Norm_Res lowers PII and does not lower accuracy, for each activation; the row of SGD has the lowest PII.",
+        "Norm_Res lowers PII and does not lower accuracy, for each activation; PII is lower with SGD than with Adam.",
         table3,
         verdict3,
         _drawn3,

@@ -16,7 +16,7 @@ from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.independence_ablation import perceptron_sizes, train_arm
 from orthofast.lab.nets import initialize_
-from orthofast.lab.verdict import Verdict, above, below, judge, less, near, shown
+from orthofast.lab.verdict import Verdict, below, judge, less, near, shown
 from orthofast.metrics import (
     cosine_histogram,
     cosine_matrix,
@@ -88,14 +88,10 @@ def verdict1(raws: Sequence[Raw]) -> Verdict:
 def verdict_dominance(raws: Sequence[Raw]) -> Verdict:
     """Every row of the Gram matrix has a diagonal entry above the sum of the others."""
     limit = math.floor(1 + 1 / isotropic_baseline(WIDTH))
+    fractions = [raw["dominant_frac"] for raw in raws]
     return judge(
         [
-            above(
-                "fraction of rows that are dominated by their diagonal",
-                [raw["dominant_frac"] for raw in raws],
-                1 - 1e-9,
-                "all",
-            ),
+            near("fraction of rows that are dominated by their diagonal", fractions, 1, 0, "all"),
             shown("sum off the diagonal over the diagonal, mean over rows", [raw["dominance_mean"] for raw in raws]),
             shown("the same, least row", [raw["dominance_least"] for raw in raws]),
             shown("(n - 1) PII, which it is about", [(WIDTH - 1) * raw["pii"]["rows"] for raw in raws]),

@@ -267,3 +267,49 @@ def test_table5_reads_models_that_are_named_and_tells_of_those_it_cannot(tmp_pat
 def test_checkpoints_are_labelled_by_the_end_of_their_path_where_that_is_enough() -> None:
     assert table5.labels_of(["x/a/m", "y/a/m"]) == ["x/a/m", "y/a/m"]
     assert table5.labels_of(["x/a/m", "y/b/m"]) == ["a/m", "b/m"]
+
+
+def recorded(calls: list[dict[str, object]], found: dict[str, object]) -> Callable[..., dict[str, object]]:
+    def run(*given: object, **named: object) -> dict[str, object]:
+        calls.append(named)
+        return dict(found)
+
+    return run
+
+
+def test_the_papers_sizes_are_those_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    colour = images(3, 660)  # 640 to train: five batches of 128, two of 256
+    hundred = Images(colour.name, colour.train, colour.train_labels, colour.test, colour.test_labels, 100)
+    paper = Settings(scale="paper", data="cifar100")
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(independence_residual, "load", lambda settings: hundred)
+    monkeypatch.setattr(independence_residual, "train_residual", recorded(calls, {}))
+    independence_residual.table4(paper)
+    independence_residual.appendix3(paper)
+    sizes = [(one["widths"], one["blocks"], one["batch"], one["steps"]) for one in calls]
+    assert sizes == [((64, 128, 256, 512), 2, 128, 20 * 5)] * 4 + [((64, 128, 256, 512), 2, 256, 50 * 2)] * 4
+    calls.clear()
+    monkeypatch.setattr(independence_convolutions, "load", lambda settings: hundred)
+    monkeypatch.setattr(independence_convolutions, "train_convnet", recorded(calls, {}))
+    found = independence_convolutions.appendix2(paper)
+    assert {one["normalize"] for one in calls} == {False, True}
+    assert {(one["widths"], one["hidden"], one["batch"], one["steps"]) for one in calls} == {
+        ((64, 128, 256), 512, 128, 100)
+    }
+    assert [one["rate"] for one in found["script"]["sgd"]] == list(independence_convolutions.CNN_RATES["sgd"])
+    calls.clear()
+    monkeypatch.setattr(independence_optimizers, "load", lambda settings: hundred)
+    monkeypatch.setattr(independence_optimizers, "train_perceptron", recorded(calls, {}))
+    independence_optimizers.table1(paper)
+    assert {(one["width"], one["batch"], one["steps"]) for one in calls} == {(500, 512, 2340)}
+
+
+def test_the_script_of_table_2_has_batch_normalisation_and_the_text_has_none() -> None:
+    plain, normalized = (
+        independence_convolutions.train_convnet(
+            images(3), "adam", 1e-3, widths=(8, 8, 8), hidden=8, steps=2, batch=20, seed=0, normalize=normalize
+        )
+        for normalize in (False, True)
+    )
+    assert plain["initial"] == normalized["initial"]
+    assert plain["final"] != normalized["final"]
