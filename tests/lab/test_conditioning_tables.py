@@ -168,6 +168,8 @@ def test_perceptrons_differ_as_the_papers_networks_do(net: str, norms: int) -> N
     assert sum(isinstance(part, nn.BatchNorm1d) for part in model.modules()) == norms
     expected = 64 * width + 6 * width**2 + (width + 1) * 10 + norms * 2 * width
     assert sum(one.numel() for one in model.parameters()) == expected
+    shared = [part.shared for part in model.modules() if isinstance(part, tables.PreActivationBlock)]
+    assert shared == ([True, False, False] if net.startswith("Pre") else [])
     entering = []
     linear[-1].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
     model(data.train)
