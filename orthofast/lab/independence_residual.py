@@ -122,7 +122,7 @@ def verdict4(raws: Sequence[Raw], rows: Mapping[str, Row4] = ROWS4, chance: floa
             for arm, values in zip(BOTH, (original, norm_res), strict=True):
                 checks.append(above(f"{name}, {arm}: accuracy, trained at all", values, 2 * chance))
         else:
-            notes.append(f"{name}: Original did not train, so its PII is that of the start and compares with nothing.")
+            notes.append(f"{name}: Original did not train, so its PII compares with nothing.")
         checks += printed_numbers(raws, name, row.printed, "layers")
     notes.append("Images are not cropped or flipped at random.")
     return judge(checks, " ".join(notes))
