@@ -13,6 +13,7 @@ from torch.nn import functional
 from orthofast.errors import InputError
 from orthofast.lab.data import Images
 
+TESTED = 500  # images at a time, which bounds what a deep network keeps
 KINDS: dict[str, tuple[Any, dict[str, float]]] = {
     "sgd": (torch.optim.SGD, {}),
     "momentum": (torch.optim.SGD, {"momentum": 0.9}),
@@ -115,11 +116,13 @@ def accuracy(model: nn.Module, data: Images, *, batch_statistics: bool = False) 
 
     Args:
         model: its mode is left as it was.
-        data: whose test images are used, all in one batch.
-        batch_statistics: keep batch norms in train mode, as code without ``eval()`` does; running statistics change.
+        data: whose test images are used.
+        batch_statistics: keep batch norms in train mode, as code without ``eval()`` does, all images in one batch;
+            running statistics change.
     """
     before = model.training
     model.train(batch_statistics)
-    found = model(data.test).argmax(1)
+    parts = [data.test] if batch_statistics else data.test.split(TESTED)
+    found = torch.cat([model(part).argmax(1) for part in parts])
     model.train(before)
     return float((found == data.test_labels).double().mean().item())

@@ -76,3 +76,19 @@ def test_training_learns_and_stops_where_the_loss_is_lost() -> None:
     lost = fit(model, halves(), optimizer_for(model, "sgd", 1.0), steps=5, batch=10, seed=0)
     assert len(lost) == 5
     assert all(map(math.isnan, lost))
+
+
+def test_accuracy_sees_some_images_at_a_time_unless_they_share_statistics() -> None:
+    sizes: list[int] = []
+
+    class Counted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            return x.flip(1) * torch.arange(1, len(x) + 1)[:, None]
+
+    data = halves(1100)
+    assert accuracy(Counted(), data) == 1
+    assert sizes == [500, 500, 100]
+    sizes.clear()
+    assert accuracy(Counted(), data, batch_statistics=True) == 1
+    assert sizes == [1100]
