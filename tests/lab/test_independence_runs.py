@@ -291,12 +291,16 @@ def test_the_papers_sizes_are_those_it_states(monkeypatch: pytest.MonkeyPatch) -
     calls.clear()
     monkeypatch.setattr(independence_convolutions, "load", lambda settings: hundred)
     monkeypatch.setattr(independence_convolutions, "train_convnet", recorded(calls, {}))
-    found = independence_convolutions.appendix2(paper)
+    found = independence_convolutions.table2(paper)
     assert {one["normalize"] for one in calls} == {False, True}
     assert {(one["widths"], one["hidden"], one["batch"], one["steps"]) for one in calls} == {
         ((64, 128, 256), 512, 128, 100)
     }
     assert [one["rate"] for one in found["script"]["sgd"]] == list(independence_convolutions.CNN_RATES["sgd"])
+    calls.clear()
+    found = independence_convolutions.appendix2(Settings(data="cifar100"))  # small, whatever the data
+    assert list(found) == ["text"]
+    assert {(one["widths"], one["normalize"], one["steps"]) for one in calls} == {((16, 32, 64), False, 800)}
     calls.clear()
     monkeypatch.setattr(independence_optimizers, "load", lambda settings: hundred)
     monkeypatch.setattr(independence_optimizers, "train_perceptron", recorded(calls, {}))
