@@ -10,9 +10,11 @@ from orthofast.lab import (
     batchnorm_regularization,
     deep_convolutions,
     deep_layers,
+    deep_normalization,
     deep_training,
     independence,
     layer_conditioning,
+    modern_blocks,
     representation_limits,
     representations,
 )
@@ -25,6 +27,8 @@ ROOMS = (
     deep_layers,
     deep_training,
     deep_convolutions,
+    deep_normalization,
+    modern_blocks,
     layer_conditioning,
     batchnorm_regularization,
 )
@@ -32,9 +36,13 @@ S0 = (
     *("T1", "T1b", "T2", "T3", "T4", "T5", "T5b", "F1", "F1b", "F2"),
     *("A1", "A2", "A3", "A4", "M1", "M2", "M3", "X1", "X2", "X3"),
 )
+S1 = (
+    *("F1", "F2a", "F2b", "F3", "T1", "F4a", "F4b", "F5", "F6", "F6b", "F7"),
+    *("X1", "X2", "X3", "X4", "X5"),
+)
 ORDER = (
     *(f"S0-{key}" for key in S0),
-    *(f"S1-{key}" for key in ("F1", "F2a", "F2b", "F3", "T1", "F4a", "F4b", "F5", "F6", "F6b", "F7", "X1", "X2", "X3")),
+    *(f"S1-{key}" for key in S1),
     *(f"S2-{key}" for key in ("F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "T1", "T1b", "T2", "X1", "X2", "X3")),
     *(f"S3-{key}" for key in ("T1", "F1", "F2", "T2")),
 )
