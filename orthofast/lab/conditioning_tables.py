@@ -20,16 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orthofast.lab.conditioning_residual import (
-    BATCH,
-    BLOCKS,
-    CUTS,
-    DECAY,
-    MOMENTUM,
-    RATE,
-    WIDTH,
-    augmented,
-)
+from orthofast.lab.conditioning_residual import BATCH, BLOCKS, CUTS, DECAY, MOMENTUM, RATE, WIDTH, augmented
 from orthofast.lab.conditioning_residual import network as post_activation
 from orthofast.lab.data import DIGITS_TRAIN, Images, load
 from orthofast.lab.experiment import Experiment, Raw, Settings
@@ -219,7 +210,7 @@ def error_of(model: nn.Module, data: Images) -> float:
     for inputs, labels in zip(data.test.split(TESTED), data.test_labels.split(TESTED), strict=True):
         outputs = model(inputs)
         right += int(((outputs.argmax(1) == labels) & outputs.isfinite().all(1)).sum())
-    return 100 * (1 - right / len(data.test))
+    return 100 * (len(data.test) - right) / len(data.test)
 
 
 def trained_or_missing(settings: Settings, data: Images, table: Table, net: str, blocks: int) -> dict[str, Any]:
@@ -352,11 +343,20 @@ def _verdict1b(raws: Sequence[Raw]) -> Verdict:
 
 def _drawn(raws: Sequence[Raw], table: Table) -> Figure:
     blocks = raws[0]["blocks"]
-    series = [Series(net, blocks, [[one["error"] for one in raw[net]] for raw in raws]) for net in table.nets]
-    for net, cells in table.printed.items():
-        series.append(Series(net, list(cells), [[mean for mean, _ in cells.values()]], published=True))
-    panel = Panel("residual blocks (paper: per stage)", "test error in %", series, x_log=True, y_log=True)
-    return Figure([panel], "Hollow: the paper's means, CIFAR networks of depth 6 n + 2 with n blocks per stage.")
+    ours = [Series(net, blocks, [[one["error"] for one in raw[net]] for raw in raws]) for net in table.nets]
+    theirs = [
+        Series(net, list(cells), [[mean for mean, _ in cells.values()]], published=True)
+        for net, cells in table.printed.items()
+    ]
+    caption = "Hollow: the paper's means, CIFAR networks of depth 6 n + 2 with n blocks per stage."
+    if "ResNet" not in table.printed:
+        caption += " Its ResNet of depth 2402 does not converge and has no point."
+    x, y = "residual blocks", "test error in %"
+    if raws[0]["convolutional"]:
+        return Figure([Panel(f"{x} per stage", y, [*ours, *theirs], x_log=True, y_log=True)], caption)
+    # other networks on other images: their levels do not compare
+    measured = Panel(x, y, ours, "measured", x_log=True, y_log=True)
+    return Figure([measured, Panel(f"{x} per stage", y, theirs, "published", x_log=True)], caption)
 
 
 SIZE = "residual blocks of two linear layers of width 64 on digits instead of CIFAR ResNets"

@@ -244,9 +244,13 @@ def test_the_printed_means_reproduce_and_are_drawn(key: str) -> None:
         assert list(hollow[net].x) == list(cells)
         assert [list(run) for run in hollow[net].runs] == [[mean for mean, _ in cells.values()]]
     assert {one.name for one in panel.series if not one.published} == set(PRINTED[key].nets)
-    files = pictures(figure, FOUND[key].title, 2)
-    assert files["figure.png"].startswith(b"\x89PNG")
-    assert all(net in str(files["figure.svg"]) for net in PRINTED[key].nets)
+    small = raw | {"convolutional": False}
+    parted = FOUND[key].figure([small])
+    assert [all(one.published for one in panel.series) for panel in parted.panels] == [False, True]
+    for drawn in (figure, parted):
+        files = pictures(drawn, FOUND[key].title, 2)
+        assert files["figure.png"].startswith(b"\x89PNG")
+        assert all(net in str(files["figure.svg"]) for net in PRINTED[key].nets)
 
 
 def test_published_numbers_stand_beside_ours() -> None:
