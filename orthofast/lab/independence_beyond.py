@@ -25,7 +25,7 @@ from orthofast.training import pii_loss
 
 RATES = {
     "sgd": 0.1,
-    "fast sgd": 0.5,
+    "fast sgd": 0.2,
     "momentum": 0.02,
     "adam": 1e-3,
     "slow adam": 1e-4,
@@ -35,7 +35,7 @@ RATES = {
 }
 LABELS = {
     "sgd": "SGD",
-    "fast sgd": "SGD, five times the rate",
+    "fast sgd": "SGD, twice the rate",
     "momentum": "SGD, momentum",
     "adam": "Adam",
     "slow adam": "Adam, a tenth of the rate",
@@ -162,16 +162,16 @@ def verdict_drift(raws: Sequence[Raw]) -> Verdict:
     """At equal training loss SGD has turned angles less than the adaptive optimisers, both at two rates."""
     reached = [max(raw[name]["loss"] for name in RATES) for raw in raws]
     checks: list[Check] = [below("largest training loss at the end (nats)", reached, STOP)]
-    ours = [max(_mean(raw[key]["drift"]) for key in ("sgd", "fast sgd")) for raw in raws]
-    for name in ("adam", "slow adam", "adamw", "rmsprop"):
-        theirs = [_mean(raw[name]["drift"]) for raw in raws]
-        what = f"conformal drift, SGD (the larger of two rates) minus {LABELS[name]}"
-        checks.append(less(what, ours, theirs, "SGD is more conformal"))
-    for name in ("momentum", "muon"):
-        apart = [one - _mean(raw[name]["drift"]) for one, raw in zip(ours, raws, strict=True)]
-        checks.append(shown(f"conformal drift, SGD (the larger of two rates) minus {LABELS[name]}", apart))
+    drifts = {name: [_mean(raw[name]["drift"]) for raw in raws] for name in RATES}
+    for ours in ("sgd", "fast sgd"):
+        for name in ("adam", "slow adam", "adamw", "rmsprop"):
+            what = f"conformal drift, {LABELS[ours]} minus {LABELS[name]}"
+            checks.append(less(what, drifts[ours], drifts[name], "SGD is more conformal"))
+        for name in ("momentum", "muon"):
+            apart = [one - other for one, other in zip(drifts[ours], drifts[name], strict=True)]
+            checks.append(shown(f"conformal drift, {LABELS[ours]} minus {LABELS[name]}", apart))
     for name, label in LABELS.items():
-        checks.append(shown(f"{label}: conformal drift", [_mean(raw[name]["drift"]) for raw in raws]))
+        checks.append(shown(f"{label}: conformal drift", drifts[name]))
         checks.append(shown(f"{label}: PII after", [raw[name]["pii"][1] for raw in raws]))
         checks.append(shown(f"{label}: updates", [raw[name]["steps"] for raw in raws]))
         checks.append(shown(f"{label}: change over weight", [raw[name]["relative_change"] for raw in raws]))
@@ -179,7 +179,9 @@ def verdict_drift(raws: Sequence[Raw]) -> Verdict:
     return judge(
         checks,
         f"All stop at a training loss of {STOP} nats. Muon: orthogonalised updates of the hidden matrices, Adam for "
-        "the rest. The paper speaks of adaptive optimisers; momentum and Muon are shown, not judged.",
+        "the rest. Theorem 2 names no learning rate, so SGD and Adam have two. Momentum and Muon are shown, not "
+        "judged. At 0.5 SGD is unstable: on digits, seeds 0 and 1, its drift was .060 and .095 against .089 of Adam, "
+        "and with seed 2 it diverged.",
     )
 
 
@@ -273,7 +275,7 @@ def _drawn_penalty(raws: Sequence[Raw]) -> Figure:
             Panel(
                 "weight of the penalty", "PII", bars({"cols": "columns", "rows": "rows"}), kind="bars", levels=[level]
             ),
-            Panel("weight of the penalty", "test accuracy (%)", bars({"accuracy": "accuracy"}, 100), kind="bars"),
+            Panel("weight of the penalty", "test accuracy (%)", bars({"accuracy": "accuracy"}, 100), kind="dots"),
         ],
         "Penalty on the PII of the columns of three hidden layers, Adam.",
     )
@@ -317,7 +319,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         "S0-X1",
         "Beyond Theorem 2: how far optimisers turn angles, at equal training loss",
-        "SGD turns the angles between columns less than adaptive optimisers.",
+        "SGD turns the angles between columns less than adaptive optimisers, at two learning rates.",
         drift,
         verdict_drift,
         _drawn_drift,
