@@ -1,33 +1,47 @@
 """Figures as Vega-Lite declarations, written as PNG and SVG: colours that colour-blind readers tell apart, and shapes.
 
-Owns vl-convert, a package of the extra ``lab``. The palette is that of Okabe and Ito (2008) without its yellow; lines
-differ by dashes and points by shapes too, so that a black-and-white print says the same.
+Owns vl-convert, a package of the extra ``lab``. The palette is that of Okabe and Ito (2008), its yellow left out and
+its light colours last; each series has also a dash and a marker of its own, so that a black-and-white print says the
+same. All scales are set here, so that one key serves all panels.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import vl_convert
 
+from orthofast.lab.axes import LETTER_PX, Axis, axis_of, place
 from orthofast.lab.figures import Figure, Panel, Series
+from orthofast.lab.svg import recoloured, rounded
 
 Spec = dict[str, Any]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
-DARK_COLOURS = ("#56B4E9", "#FF8C42", "#2FCF9F", "#E7A5C9", "#F2B632", "#8CCBF2", "#B9B9B9")
-DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3], [10, 4])
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#3b3b3b", "#b87a00", "#3b9bd1")
+DARK_COLOURS = ("#56b4e9", "#ff8c42", "#2fcf9f", "#e7a5c9", "#d9d9d9", "#f2b632", "#8ccbf2")
+DASHES = ([1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [4, 2], [1, 3], [14, 4])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
-WIDTH, ALONE, HEIGHT, BAR_PX, CELL_PX = 300, 430, 210, 16, 26
+SIZES = (78, 58, 62, 56, 60, 50, 50)  # later ones leave the earlier ones to be seen
+WIDTH, ALONE, HEIGHT, CELL_PX, BAR_PX = 300, 430, 210, 13, 40
+SMALL_PX = 6.0  # mean width of a letter of captions
+TITLE_PX = 8.6
+ENTRY_PX = 22
 PNG_SCALE = 2.0
-LIGHT = {"ink": "#1b1f24", "soft": "#46505a", "line": "#c9ced4", "page": "white"}
+LIGHT = {"ink": "#1b1f24", "soft": "#46505a", "line": "#c9ced4", "page": "#ffffff"}
 DARK = {"ink": "#e6e9ee", "soft": "#a0a9b4", "line": "#3d454f", "page": "#1d2127"}
+DARK_OF = dict(zip((*LIGHT.values(), *COLOURS), (*DARK.values(), *DARK_COLOURS), strict=True))
 SMALLEST = 1e-300
-LARGE = "datum.value >= 1e5 || datum.value < 1e-3"
-SHORT = f"datum.label == '' ? '' : format(datum.value, {LARGE} ? '.0e' : '~g')"
+
+
+class _Look(NamedTuple):
+    colour: str
+    dash: list[int]
+    shape: str
+    size: int
 
 
 def declaration(figure: Figure, title: str, seeds: int, *, dark: bool = False) -> Spec:
@@ -39,227 +53,347 @@ def declaration(figure: Figure, title: str, seeds: int, *, dark: bool = False) -
         seeds: how many were run, for the caption.
         dark: colours for a dark page.
     """
-    names = list(dict.fromkeys(one.name for panel in figure.panels for one in panel.series if panel.kind != "cells"))
-    levels = list(dict.fromkeys(name for panel in figure.panels for name, _ in panel.levels))
-    theme = DARK if dark else LIGHT
-    band = "one seed" if seeds == 1 else f"mean of {seeds} seeds, band from least to largest"
-    subtitle = [*_wrapped(figure.caption, 110 if len(figure.panels) > 1 else 76), band]
-    width = ALONE if len(figure.panels) == 1 else WIDTH
-    first = next((panel for panel in figure.panels if panel.kind != "cells"), None)
-    panels = [_panel(panel, names, levels, width, dark, panel is first) for panel in figure.panels]
-    return {
+    looks = _looks(figure)
+    wide = ALONE if len(figure.panels) == 1 else WIDTH
+    panels = [_cells(panel) if panel.kind == "cells" else _panel(panel, looks, wide) for panel in figure.panels]
+    columns = min(2, len(panels))
+    across = sum(max(panel["width"] + 76 for panel in panels[column::columns]) for column in range(columns))
+    across = max(across, 420)
+    key = _key(figure, looks, across)
+    subtitle = [*_wrapped(figure.caption, across / SMALL_PX), *_wrapped(_seeds(figure, seeds), across / SMALL_PX)]
+    found: Spec = {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "title": {"text": title, "subtitle": subtitle, "anchor": "start", "offset": 12},
-        "concat": panels,
-        "columns": 2,
-        "spacing": 28,
-        "background": theme["page"],
-        # domains and ranges are alike everywhere, so that one legend serves
-        "resolve": {"scale": {"color": "independent", "shape": "independent", "strokeDash": "independent"}},
-        "config": {
-            "font": "DejaVu Sans, Helvetica, Arial, sans-serif",
-            "view": {"stroke": None},
-            "title": {
-                "color": theme["ink"],
-                "subtitleColor": theme["soft"],
-                "fontSize": 14,
-                "subtitleFontSize": 11,
-                "subtitlePadding": 4,
-            },
-            "axis": {
-                "labelColor": theme["ink"],
-                "titleColor": theme["soft"],
-                "titleFontWeight": "normal",
-                "labelFontSize": 11,
-                "labelFlush": False,
-                "titleFontSize": 12,
-                "domainColor": theme["soft"],
-                "tickColor": theme["soft"],
-                "gridColor": theme["line"],
-                "gridOpacity": 0.6,
-            },
-            "legend": {
-                "labelColor": theme["ink"],
-                "titleColor": theme["soft"],
-                "labelFontSize": 11,
-                "labelLimit": 260,
-                "symbolSize": 90,
-                "symbolStrokeWidth": 2,
-                "orient": "bottom",
-                "columns": 3 if len(figure.panels) > 1 else 2,
-            },
-        },
+        "title": {"text": _wrapped(title, across / TITLE_PX), "subtitle": subtitle, "anchor": "start", "offset": 10},
+        "vconcat": [*key, {"concat": panels, "columns": 2, "spacing": 24}],
+        "spacing": 14,
+        "background": LIGHT["page"],
+        "config": _config(),
     }
+    if not dark:
+        return found
+    dark_found: Spec = json.loads(json.dumps(found), object_hook=_darkened)
+    return dark_found
 
 
 def pictures(figure: Figure, title: str, seeds: int) -> dict[str, str | bytes]:
     """The files of a figure by name: PNG and SVG for print, SVG for a dark page."""
     light = declaration(figure, title, seeds)
+    svg = rounded(str(vl_convert.vegalite_to_svg(light)))
     return {
-        "figure.svg": str(vl_convert.vegalite_to_svg(light)),
+        "figure.svg": svg,
         "figure.png": bytes(vl_convert.vegalite_to_png(light, scale=PNG_SCALE)),
-        "figure-dark.svg": str(vl_convert.vegalite_to_svg(declaration(figure, title, seeds, dark=True))),
+        "figure-dark.svg": recoloured(svg, DARK_OF),
     }
 
 
-def _panel(panel: Panel, names: list[str], levels: list[str], across: int, dark: bool, legend: bool) -> Spec:
-    if panel.kind == "cells":
-        return _cells(panel, dark)
-    values = [row for one in panel.series for row in _rows(one, panel)]
-    drawn: Spec = {"title": {"text": panel.title, "fontSize": 12, "anchor": "middle"}} if panel.title else {}
-    colour = _scaled("series", names, DARK_COLOURS if dark else COLOURS, legend)
-    x_kind = "nominal" if panel.kind == "bars" else "quantitative"
-    x_axis: Spec = {"field": "x", "type": x_kind, "title": panel.x, "scale": {"nice": False, "zero": False}}
-    y_axis: Spec = {"field": "y", "type": "quantitative", "title": panel.y, "scale": {"zero": panel.kind == "bars"}}
-    for axis, log in ((x_axis, panel.x_log), (y_axis, panel.y_log)):
-        if log:
-            axis["scale"] = {"type": "log", "nice": axis is y_axis}
-            axis["axis"] = {"tickCount": 6, "labelExpr": SHORT}
-    if panel.kind == "bars":
-        layers = _bars(panel, x_axis, y_axis, colour)
+def _darkened(part: Spec) -> Spec:
+    return {key: DARK_OF.get(value, value) if isinstance(value, str) else value for key, value in part.items()}
+
+
+def _config() -> Spec:
+    return {
+        "aria": False,
+        "font": "DejaVu Sans, Helvetica, Arial, sans-serif",
+        "view": {"stroke": None},
+        "title": {
+            "color": LIGHT["ink"],
+            "subtitleColor": LIGHT["soft"],
+            "fontSize": 14,
+            "subtitleFontSize": 11,
+            "subtitlePadding": 4,
+        },
+        "axis": {
+            "labelColor": LIGHT["ink"],
+            "titleColor": LIGHT["ink"],
+            "titleFontWeight": "normal",
+            "labelFontSize": 11,
+            "labelFlush": False,
+            "labelOverlap": False,
+            "titleFontSize": 12,
+            "domainColor": LIGHT["soft"],
+            "tickColor": LIGHT["soft"],
+            "gridColor": LIGHT["line"],
+            "gridOpacity": 0.6,
+        },
+        "legend": {"labelColor": LIGHT["ink"], "titleColor": LIGHT["ink"], "titleFontWeight": "normal"},
+    }
+
+
+def _seeds(figure: Figure, seeds: int) -> str:
+    """In words: what is drawn of several seeds."""
+    if seeds == 1:
+        return "One seed."
+    spread = [panel for panel in figure.panels if any(len(one.runs) > 1 for one in panel.series)]
+    if not spread:
+        return ""
+    logarithmic = any(panel.y_log for panel in spread)
+    kinds = {_kind(panel) for panel in spread}
+    ranges = [word for word, of in (("bands", {"lines"}), ("thin lines", {"bars", "dots"})) if kinds & of]
+    mean = f"Mean of {seeds} seeds" + (", geometric on logarithmic axes" if logarithmic else "")
+    reach = f"; {' and '.join(ranges)} from the least to the largest" if ranges else ""
+    return f"{mean}{reach}; a gap where a seed has no number."
+
+
+def _kind(panel: Panel) -> str:
+    return "dots" if panel.kind == "bars" and panel.y_log else panel.kind
+
+
+def _looks(figure: Figure) -> dict[str, _Look]:
+    """Of each series; a published one looks like the measured one of its name."""
+    series = [one for panel in figure.panels if panel.kind != "cells" for one in panel.series]
+    names = list(dict.fromkeys(one.name for one in series))
+    own = list(dict.fromkeys(_plain(name, names) for name in names))
+    looks = {}
+    for name in names:
+        index = own.index(_plain(name, names))
+        lists: tuple[Sequence[Any], ...] = (COLOURS, DASHES, SHAPES, SIZES)
+        colour, dash, shape, size = (values[index % len(values)] for values in lists)
+        if index >= len(COLOURS):  # the same colour comes again with another dash and shape
+            dash, shape = DASHES[(index + 2) % len(DASHES)], SHAPES[(index + 3) % len(SHAPES)]
+        looks[name] = _Look(colour, dash, shape, size)
+    return looks
+
+
+def _plain(name: str, names: Sequence[str]) -> str:
+    measured = name.removesuffix(", published")
+    return measured if measured in names else name
+
+
+def _panel(panel: Panel, looks: dict[str, _Look], wide: int) -> Spec:
+    kind = _kind(panel)
+    rows = [_rows(one, panel) for one in panel.series]
+    known = [value for part in rows for row in part if row["y"] is not None for value in (row["low"], row["high"])]
+    known += [y for _, y in panel.levels if not panel.y_log or y > SMALLEST]
+    y = axis_of(known, log=panel.y_log, zero=kind == "bars", length=HEIGHT)
+    width = float(wide)
+    if kind == "lines":
+        places = [float(row["x"]) for part in rows for row in part]
+        margin = 0.03 if panel.points else 0.0
+        x = axis_of(places, log=panel.x_log, margin=margin, length=width, measured=True, upright=False)
+        angle = 0
     else:
-        layers = _lines(panel, names, x_axis, y_axis, colour, legend)
-    layers += [_level(name, y, levels, dark) for name, y in panel.levels]
-    width: Any = across
-    if panel.kind == "bars":
-        width = {"step": BAR_PX * max(1, len(panel.series)) + 14, "for": "position"}
-    return drawn | {"data": {"values": values}, "layer": layers, "width": width, "height": HEIGHT}
+        names = list(dict.fromkeys(str(x) for one in panel.series for x in one.x))
+        width = max(width, len(names) * (14.0 * len(panel.series) + 12))
+        labels, angle = _named(names, width / len(names))
+        x = Axis(-0.5, len(names) - 0.5, False, tuple(range(len(names))), tuple(labels))
+        rows = _grouped(rows, names, width / len(names))
+    axes = {
+        "x": _encoded("x", x, panel.x, grid=kind == "lines", angle=angle),
+        "y": _encoded("y", y, panel.y, grid=True, angle=0),
+    }
+    layers: list[Spec] = []
+    for one, part in zip(panel.series, rows, strict=True):
+        layers += _series(one, part, looks[one.name], kind, panel.points or one.published, axes)
+    layers += _levels(panel, y, axes)
+    if panel.title:
+        layers.append(_text(panel.title, width / 2, -10, {"align": "center", "fontWeight": "bold", "fontSize": 12}))
+    return {"layer": layers, "width": width, "height": HEIGHT}
 
 
-def _lines(panel: Panel, names: list[str], x_axis: Spec, y_axis: Spec, colour: Spec, shown: bool) -> list[Spec]:
-    dash = _scaled("series", names, DASHES, shown)
-    shape = _scaled("series", names, SHAPES, shown)
-    ours, theirs = {"filter": "!datum.published"}, {"filter": "datum.published"}
-    band_y = y_axis | {"field": "low"}
-    # dashes around filled shapes would fray them
-    look: Spec = {"symbolStrokeWidth": 0} if panel.points else {"symbolType": "stroke", "symbolSize": 500}
-    legend: Spec = {"legend": look} if shown else {}
-    layers: list[Spec] = [
-        {
-            "transform": [ours],
-            "mark": {"type": "area", "opacity": 0.2},
-            "encoding": {"x": x_axis, "y": band_y, "y2": {"field": "high"}, "fill": colour | {"legend": None}},
+def _encoded(field: str, axis: Axis, title: str, *, grid: bool, angle: int) -> Spec:
+    labels, ticks = json.dumps(axis.labels, ensure_ascii=False), json.dumps(axis.ticks)
+    shown: Spec = {"values": list(axis.ticks), "labelExpr": f"{labels}[indexof({ticks}, datum.value)]", "grid": grid}
+    if angle:
+        shown |= {"labelAngle": angle, "labelAlign": "right", "labelBaseline": "top"}
+    return {
+        "field": field,
+        "type": "quantitative",
+        "title": title,
+        "scale": {
+            "type": "log" if axis.log else "linear",
+            "domain": [axis.low, axis.high],
+            "nice": False,
+            "zero": False,
         },
-        {
-            "transform": [ours],
-            "mark": {"type": "line", "strokeWidth": 2},
-            "encoding": {"x": x_axis, "y": y_axis, "color": colour | legend, "strokeDash": dash | legend},
-        },
-    ]
-    if panel.points:
-        layers.append(
-            {
-                "transform": [ours],
-                "mark": {"type": "point", "filled": True, "size": 46, "opacity": 1},
-                "encoding": {"x": x_axis, "y": y_axis, "color": colour | legend, "shape": shape | legend},
-            }
-        )
-    if any(one.published for one in panel.series):
-        layers.append(
-            {
-                "transform": [theirs],
-                "mark": {"type": "point", "filled": False, "size": 90, "strokeWidth": 2, "opacity": 1},
-                "encoding": {"x": x_axis, "y": y_axis, "color": colour | legend, "shape": shape | legend},
-            }
-        )
+        "axis": shown,
+    }
+
+
+def _series(
+    series: Series, rows: list[dict[str, Any]], look: _Look, kind: str, points: bool, axes: dict[str, Spec]
+) -> list[Spec]:
+    """Band or range, then line or bar, then markers."""
+    layers: list[Spec] = []
+    low, high = {"y": axes["y"] | {"field": "low"}}, {"y2": {"field": "high"}}
+    spread = not series.published and any(row["y"] is not None and row["low"] < row["high"] for row in rows)
+    if kind == "lines":
+        if spread:
+            layers.append(
+                {"mark": {"type": "area", "fill": look.colour, "opacity": 0.2}, "encoding": axes | low | high}
+            )
+        if not series.published:
+            layers.append({"mark": {"type": "line", **_stroke(look, 2)}, "encoding": axes})
+    elif kind == "bars":
+        to = {"x": axes["x"] | {"field": "left"}, "x2": {"field": "right"}, "y2": {"field": "zero"}}
+        layers.append({"mark": _bar(look, series.published), "encoding": axes | to})
+    if kind != "lines" and spread:
+        rule = {"type": "rule", "strokeWidth": 1.5, "color": LIGHT["ink"]}
+        layers.append({"mark": rule, "encoding": axes | low | high})
+    if points or kind != "lines":
+        layers.append({"mark": _marker(look, series.published), "encoding": axes})
+    for layer in layers:
+        layer["data"] = {"values": rows}
     return layers
 
 
-def _bars(panel: Panel, x_axis: Spec, y_axis: Spec, colour: Spec) -> list[Spec]:
-    order = list(dict.fromkeys(str(x) for one in panel.series for x in one.x))
-    x_axis = x_axis | {"sort": order, "axis": {"labelAngle": 0 if len(order) < 5 else -30, "labelLimit": 150}}
-    x_axis.pop("scale", None)
-    offset = {"field": "series", "type": "nominal", "sort": colour["scale"]["domain"]}
-    shared = {"x": x_axis, "xOffset": offset}
-    return [
-        {
-            "mark": {"type": "bar", "stroke": "#00000066", "strokeWidth": 0.5},
-            "encoding": shared | {"y": y_axis, "color": colour},
-        },
-        {
-            "transform": [{"filter": "datum.low < datum.high"}],
-            "mark": {"type": "rule", "strokeWidth": 1.5, "color": "#00000099"},
-            "encoding": shared | {"y": y_axis | {"field": "low"}, "y2": {"field": "high"}},
-        },
-    ]
+def _stroke(look: _Look, width: float) -> Spec:
+    return {"stroke": look.colour, "strokeDash": look.dash, "strokeWidth": width}
 
 
-def _cells(panel: Panel, dark: bool) -> Spec:
+def _bar(look: _Look, hollow: bool) -> Spec:
+    fill = {"type": "rect", "fill": look.colour, "fillOpacity": 0.0 if hollow else 0.45}
+    return fill | {"stroke": look.colour, "strokeWidth": 1.2, "strokeDash": [3, 2] if hollow else [1, 0]}
+
+
+def _marker(look: _Look, hollow: bool) -> Spec:
+    mark = {"type": "point", "shape": look.shape, "opacity": 1}
+    if hollow:
+        return mark | {"size": 80, "fill": LIGHT["page"], "stroke": look.colour, "strokeWidth": 1.8}
+    return mark | {"size": look.size, "fill": look.colour, "stroke": LIGHT["page"], "strokeWidth": 0.8}
+
+
+def _text(text: str, x: float, y: float, mark: Spec) -> Spec:
+    """A line of text at pixels."""
+    values = {"values": [{"text": text}]}
+    fixed = {"type": "text", "x": x, "y": y, "baseline": "middle", "color": LIGHT["ink"]}
+    return {"data": values, "mark": fixed | mark, "encoding": {"text": {"field": "text", "type": "nominal"}}}
+
+
+def _levels(panel: Panel, axis: Axis, axes: dict[str, Spec]) -> list[Spec]:
+    """Horizontal lines with names at their end, which are moved apart where they would touch."""
+    layers: list[Spec] = []
+    edge = math.inf
+    for index, (name, y) in enumerate(sorted(panel.levels, key=lambda level: level[1])):
+        if axis.log and y <= SMALLEST:
+            continue
+        source = {"values": [{"y": y, "name": name}]}
+        rule = {"type": "rule", "strokeDash": DASHES[2 + index % 3], "color": LIGHT["soft"], "strokeWidth": 1.4}
+        layers.append({"data": source, "mark": rule, "encoding": {"y": axes["y"]}})
+        at = min(HEIGHT * (1 - place(axis, y)), edge - 13)
+        edge = at
+        text = {"type": "text", "align": "left", "baseline": "middle", "fontSize": 11, "color": LIGHT["ink"]}
+        spot = {"x": "width", "dx": 5, "y": at}
+        layers.append({"data": source, "mark": text | spot, "encoding": {"text": {"field": "name", "type": "nominal"}}})
+    return layers
+
+
+def _grouped(rows: list[list[dict[str, Any]]], names: list[str], step: float) -> list[list[dict[str, Any]]]:
+    """Rows at the places of their names, beside each other."""
+    each = min(0.8 / len(rows), BAR_PX / step)
+    start = -each * len(rows) / 2
+    found = []
+    for index, part in enumerate(rows):
+        moved = []
+        for row in part:
+            left = names.index(str(row["x"])) + start + index * each
+            moved.append(row | {"x": left + each / 2, "left": left, "right": left + each * 0.94, "zero": 0})
+        found.append(moved)
+    return found
+
+
+def _named(names: list[str], step: float) -> tuple[list[str | list[str]], int]:
+    """Labels of groups: in one line, in several, or slanted where a word is wider than a group."""
+    letters = (step - 4) / LETTER_PX
+    if max(len(name) for name in names) <= letters:
+        return list(names), 0
+    lines = [_wrapped(name, letters) for name in names]
+    if max(len(line) for label in lines for line in label) <= letters:
+        return [label if len(label) > 1 else label[0] for label in lines], 0
+    return list(names), -30
+
+
+def _key(figure: Figure, looks: dict[str, _Look], across: float) -> list[Spec]:
+    """Names beside what their series look like, in rows; nothing where no series is drawn."""
+    entries: dict[tuple[str, bool], tuple[str, bool]] = {}
+    for panel in figure.panels:
+        for one in panel.series if panel.kind != "cells" else ():
+            entries.setdefault((one.name, one.published), (_kind(panel), panel.points))
+    if not entries:
+        return []
+    layers: list[Spec] = []
+    x, y = 0.0, 8.0
+    named = {name for name, published in entries if not published}
+    for (name, published), (kind, points) in entries.items():
+        text = f"{name}, published" if published and name in named else name
+        wide = 40 + LETTER_PX * len(text) + ENTRY_PX
+        if x and x + wide > across:
+            x, y = 0.0, y + 19
+        layers += _entry(looks[name], kind, published, points, x, y)
+        layers.append(_text(text, x + 40, y, {"align": "left", "fontSize": 11}))
+        x += wide
+    return [{"layer": layers, "width": across, "height": y + 8}]
+
+
+def _entry(look: _Look, kind: str, published: bool, points: bool, x: float, y: float) -> list[Spec]:
+    pixel: Spec = {"type": "quantitative", "scale": None, "axis": None}
+    places = {"x": x, "middle": x + 17, "end": x + 34, "left": x + 10, "right": x + 24, "y": y, "foot": y + 8}
+    at = {key: pixel | {"field": field} for key, field in (("x", "x"), ("y", "y"))}
+    middle = {"x": pixel | {"field": "middle"}, "y": at["y"]}
+    layers: list[Spec] = []
+    if kind == "lines" and not published:
+        rule = {"type": "rule", **_stroke(look, 2)}
+        layers.append({"mark": rule, "encoding": at | {"x2": {"field": "end"}}})
+    if kind == "bars":
+        sides = {"x": pixel | {"field": "left"}, "x2": {"field": "right"}, "y2": {"field": "foot"}}
+        layers.append({"mark": _bar(look, published), "encoding": at | sides})
+    if points or published or kind != "lines":
+        layers.append({"mark": _marker(look, published), "encoding": middle})
+    return [{"data": {"values": [places]}} | layer for layer in layers]
+
+
+def _cells(panel: Panel) -> Spec:
     rows = [one.name for one in panel.series]
     columns = list(dict.fromkeys(str(x) for one in panel.series for x in one.x))
     values = [{"row": one.name} | row for one in panel.series for row in _rows(one, panel)]
-    return {
+    widest = max(len(name) for name in columns) * LETTER_PX + 6
+    many = len(columns) > 12
+    across, down = (CELL_PX, CELL_PX) if many else (max(26.0, widest), 26.0)
+    ticks = {"values": [name for index, name in enumerate(columns) if index % 5 == 4 or index == 0]} if many else {}
+    upright = {"values": [name for index, name in enumerate(rows) if index % 5 == 4 or index == 0]} if many else {}
+    shades = {"scheme": "cividis", "domain": [0, 1]}
+    legend = {"orient": "right", "gradientLength": 110, "gradientStrokeColor": LIGHT["line"]}
+    spec: Spec = {
         "data": {"values": [value | {"x": str(value["x"])} for value in values]},
-        "mark": {"type": "rect", "stroke": (DARK if dark else LIGHT)["line"]},
+        "mark": {"type": "rect", "stroke": LIGHT["line"], "strokeWidth": 0.5},
         "encoding": {
-            "x": {"field": "x", "type": "ordinal", "sort": columns, "title": panel.x, "axis": {"labelAngle": 0}},
-            "y": {"field": "row", "type": "ordinal", "sort": rows, "title": panel.title or None},
-            "color": {
-                "field": "y",
-                "type": "quantitative",
-                "title": panel.y,
-                "scale": {"scheme": "cividis", "domain": [0, 1]},
-                "legend": {"orient": "right", "columns": 1},
+            "x": {
+                "field": "x",
+                "type": "ordinal",
+                "sort": columns,
+                "title": panel.x,
+                "axis": {"labelAngle": 0} | ticks,
             },
+            "y": {"field": "row", "type": "ordinal", "sort": rows, "title": panel.rows or panel.x, "axis": upright},
+            "color": {"field": "y", "type": "quantitative", "title": panel.y, "scale": shades, "legend": legend},
         },
-        "width": {"step": CELL_PX},
-        "height": {"step": CELL_PX},
-        "resolve": {"scale": {"color": "independent"}},
     }
-
-
-def _level(name: str, y: float, levels: list[str], dark: bool) -> Spec:
-    """A horizontal line with its name on it."""
-    theme = DARK if dark else LIGHT
-    dash = DASHES[2 + levels.index(name) % 3]
-    source = {"values": [{"y": y, "name": name}]}
-    mark = {"type": "rule", "strokeDash": dash, "color": theme["soft"], "strokeWidth": 1.2}
-    at = {"y": {"field": "y", "type": "quantitative"}}
-    text = {"type": "text", "align": "left", "baseline": "middle", "dx": 4, "fontSize": 10}
-    return {
-        "data": source,
-        "layer": [
-            {"mark": mark, "encoding": at},
-            {
-                "mark": text | {"color": theme["soft"], "x": "width"},
-                "encoding": at | {"text": {"field": "name", "type": "nominal"}},
-            },
-        ],
-    }
+    width, height = across * len(columns), down * len(rows)
+    layers = [spec]
+    if panel.title:
+        layers.append(_text(panel.title, width / 2, -10, {"align": "center", "fontWeight": "bold", "fontSize": 12}))
+    return {"layer": layers, "width": width, "height": height, "resolve": {"scale": {"color": "independent"}}}
 
 
 def _rows(series: Series, panel: Panel) -> list[dict[str, Any]]:
-    rows = []
+    """One a place: the mean of all seeds, the least and the largest; without numbers where a seed has none."""
+    rows: list[dict[str, Any]] = []
     for index, x in enumerate(series.x):
         values = [run[index] for run in series.runs]
         known = [float(value) for value in values if value is not None and math.isfinite(value)]
         if panel.y_log:
             known = [value for value in known if value > SMALLEST]
-        if not known or len(known) < len(values):
-            continue
-        rows.append(
-            {
-                "x": x,
-                "y": statistics.fmean(known),
-                "low": min(known),
-                "high": max(known),
-                "series": series.name,
-                "published": series.published,
-            }
-        )
+        row: dict[str, Any] = {"x": x, "y": None, "low": None, "high": None}
+        if known and len(known) == len(values):
+            mean = statistics.geometric_mean if panel.y_log else statistics.fmean
+            row |= {"y": mean(known), "low": min(known), "high": max(known)}
+        rows.append(row)
     return rows
 
 
-def _scaled(field: str, domain: list[str], values: Sequence[Any], legend: bool) -> Spec:
-    spread = [values[index % len(values)] for index in range(len(domain))]
-    found: Spec = {"field": field, "type": "nominal", "title": None, "scale": {"domain": domain, "range": spread}}
-    return found if legend else found | {"legend": None}
-
-
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrapped(text: str, width: float) -> list[str]:
     lines: list[str] = []
     for word in text.split():
-        if lines and len(lines[-1]) + len(word) < width:
+        if lines and len(lines[-1]) + 1 + len(word) <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)

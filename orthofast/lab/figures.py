@@ -15,8 +15,10 @@ class Series:
     Attributes:
         name: in the legend; series of one name look alike in all panels.
         x: where, shared by all seeds; text for bars.
-        runs: (seeds, len(x)) values; None leaves a gap. The mean is drawn, the band goes from least to largest.
-        published: the paper's own numbers: drawn as hollow points without a band.
+        runs: (seeds, len(x)) values; None leaves a gap. The mean is drawn (the geometric one on a
+            logarithmic axis), the band goes from least to largest.
+        published: the paper's own numbers: drawn hollow and without a band, in the look of the measured series of that
+            name, with or without ", published" behind it.
     """
 
     name: str
@@ -34,11 +36,13 @@ class Panel:
         y: the same.
         series: what is drawn.
         title: above it.
-        kind: "lines", "bars" (x is text), or "cells" (each series a row, its value a shade).
+        kind: "lines", "bars" (x is text), "dots" (the same without bars, so that the axis need not hold 0), or "cells"
+            (each series a row, its value a shade). Bars on a logarithmic axis are drawn as dots.
         x_log: logarithmic axis.
         y_log: the same.
         points: draw points on lines; leave them out for long series.
         levels: horizontal lines, such as a theory's value: (name, y).
+        rows: title of the vertical axis of cells, where ``y`` is that of the shades.
     """
 
     x: str
@@ -50,6 +54,7 @@ class Panel:
     y_log: bool = False
     points: bool = True
     levels: Sequence[tuple[str, float]] = field(default_factory=tuple)
+    rows: str = ""
 
 
 @dataclass(frozen=True)

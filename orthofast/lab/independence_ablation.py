@@ -213,7 +213,7 @@ def _drawn3(raws: Sequence[Raw]) -> Figure:
             series.append(Series(arm, names, [[factor * raw[name][arm][field] for name in names] for raw in raws]))
             printed = [row.printed[arm][place] for row in ROWS3.values()]
             series.append(Series(f"{arm}, published", names, [printed], published=True))
-        panels.append(Panel("activation, optimiser", title, series, kind="bars"))
+        panels.append(Panel("activation, optimiser", title, series, kind="bars" if factor == 1 else "dots"))
     return Figure(panels, "Mean PII of the hidden layers' columns after training, with and without BN and shortcuts.")
 
 

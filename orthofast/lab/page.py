@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import html
 import json
 from collections.abc import Sequence
 from importlib.resources import files
@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
+from orthofast.lab.drawing import DARK_OF
 from orthofast.lab.experiment import PAPERS, Experiment, Settings
 from orthofast.lab.runs import Outcome, commit, write_whole
+from orthofast.lab.svg import embedded
 from orthofast.lab.verdict import FAILED, NOT_REPRODUCED, NOT_RUN, REPRODUCED, Check
 
 STATUSES = (REPRODUCED, NOT_REPRODUCED, NOT_RUN, FAILED)
@@ -66,6 +69,7 @@ def render(outcomes: Sequence[Outcome], settings: Settings) -> str:
     return template.render(
         papers=[paper for paper in papers if paper["entries"]],
         counts=[(status, MARKS[status], count) for status, count in counts if count],
+        dark_of=DARK_OF.items(),
         settings=settings,
         commit=commit(),
     )
@@ -86,8 +90,7 @@ def _entry(outcome: Outcome) -> dict[str, Any]:
         "seeds": outcome.seeds,
         "checks": [_row(check) for check in verdict.checks],
         "published": [] if runnable else list(entry.published.items()),  # type: ignore[union-attr]
-        "light": _embedded(outcome, "figure.svg"),
-        "dark": _embedded(outcome, "figure-dark.svg"),
+        "figure": _figure(outcome),
         "folder": entry.id if outcome.folder is not None else "",
     }
 
@@ -122,8 +125,11 @@ def number(value: float | str | None) -> str:
     return f"{value:.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.3e}"
 
 
-def _embedded(outcome: Outcome, name: str) -> str:
-    file = None if outcome.folder is None else outcome.folder / name
+def _figure(outcome: Outcome) -> Markup:
+    """The light picture in the page's own text; the page's style sheet darkens its colours."""
+    file = None if outcome.folder is None else outcome.folder / "figure.svg"
     if file is None or not file.is_file():
-        return ""
-    return "data:image/svg+xml;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
+        return Markup("")
+    entry = outcome.entry
+    name = html.escape(f"Figure of {entry.id}: {entry.title}")
+    return Markup(embedded(file.read_text(encoding="utf-8"), name, entry.id))  # noqa: S704 - drawn here, escaped by Vega

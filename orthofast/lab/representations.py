@@ -221,7 +221,7 @@ def _drawn3(raws: Sequence[Raw]) -> Figure:
     first = Series("least d", SAMPLES_3, [[raw["grid"][str(n)]["first_width"] for n in SAMPLES_3] for raw in raws])
     return Figure(
         [
-            Panel("d / n²", "runs that hold", rows, kind="cells", title="samples"),
+            Panel("d / n²", "runs that hold", rows, kind="cells", rows="samples n"),
             Panel("samples n", "least width d that holds", [first], x_log=True, y_log=True),
         ],
         "Assumption A1(0.1 α₀): no singular value falls below a tenth of the start's least.",
