@@ -14,12 +14,6 @@ ABSENT = (
         {"Atten_Output": "0.025"},
     ),
     Absent(
-        "S1-X1",
-        "Appendix H: comparison with Brock et al. 2021",
-        "Orthogonal weights beside scaled weight standardisation.",
-        "the appendix is not at hand, and the main text has no numbers",
-    ),
-    Absent(
         "S1-X2",
         "Public training code: what it records",
         "Gaps every fifth epoch, into an array of another length.",

@@ -216,8 +216,8 @@ def drawn_transformers(raws: Sequence[Raw]) -> Figure:
     panels.append(Panel("block (0: the embedding)", y, series, "images, trained", points=False, levels=[cap]))
     return Figure(
         panels,
-        "Transformer blocks at random weights, their wide limit, and fewer of them trained; LayerNorm with ReLU, RMSNorm "
-        "with SwiGLU. An image is its mean token.",
+        "Transformer blocks at random weights, their wide limit, and fewer of them trained; LayerNorm with ReLU, "
+        "RMSNorm with SwiGLU. An image is its mean token.",
     )
 
 

@@ -6,7 +6,7 @@ What they do to the cosine of two samples is known where they are wide: :func:`c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import numpy
@@ -347,8 +347,10 @@ class StandardizedLinear(nn.Linear):
         return functional.linear(x, self.standardized())
 
 
-def clip_gradients_(parameters: list[nn.Parameter], limit: float = 0.01, floor: float = 1e-3) -> None:
-    """Adaptive gradient clipping (Brock et al. 2021), in place: row by row, at a share of the row's own length.
+def clip_gradients_(parameters: Iterable[nn.Parameter], limit: float = 0.01, floor: float = 1e-3) -> None:
+    """Adaptive gradient clipping (Brock et al. 2021), in place: each row at a share of its own length.
+
+    A parameter that is a vector, but for sizes of 1, counts as one row.
 
     Args:
         parameters: with gradients; those without are left out.
@@ -364,6 +366,7 @@ def clip_gradients_(parameters: list[nn.Parameter], limit: float = 0.01, floor: 
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        most = limit * parameter.detach().norm(dim=-1, keepdim=True).clamp_min(floor)
-        size = parameter.grad.norm(dim=-1, keepdim=True)
-        parameter.grad.mul_((most / size.clamp_min(1e-6)).clamp_max(1.0))
+        axes = None if parameter.squeeze().dim() < 2 else tuple(range(1, parameter.dim()))
+        lengths = torch.linalg.vector_norm(parameter.detach(), dim=axes, keepdim=True)
+        steps = torch.linalg.vector_norm(parameter.grad, dim=axes, keepdim=True)
+        parameter.grad.mul_((limit * lengths.clamp_min(floor) / steps.clamp_min(1e-6)).clamp_max(1.0))

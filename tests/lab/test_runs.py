@@ -216,7 +216,7 @@ def test_the_lab_uses_public_names_only() -> None:
 
 def test_the_command_lists_runs_and_refuses(tmp_path: Path) -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "orthofast", "lab", "S3-F1", "S1-X1", "--out", str(tmp_path / "out"), "--jobs", "1"],
+        [sys.executable, "-m", "orthofast", "lab", "S3-F1", "S1-X2", "--out", str(tmp_path / "out"), "--jobs", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -224,7 +224,7 @@ def test_the_command_lists_runs_and_refuses(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert re.search(r"S3-F1\s+reproduced", ran.stdout)
-    assert re.search(r"S1-X1\s+not run here", ran.stdout)
+    assert re.search(r"S1-X2\s+not run here", ran.stdout)
     assert str(tmp_path / "out" / "index.html") in ran.stdout
     listed = CliRunner().invoke(command.app, ["--list"])
     assert all(re.search(rf"^{key}\s", listed.stdout, re.MULTILINE) for key in REGISTRY)
