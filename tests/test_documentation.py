@@ -1,5 +1,6 @@
 """The documentation says what is so: its Python runs, its links, targets, commands and files exist."""
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import orthofast
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "papers").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]+\]\((?!https?:|#)([^)#\s]+)")
 MAKE = re.compile(r"(?:^|`|\s)make ((?:[a-z]+(?:-[a-z]+)*)(?= |`|$|,|;))", re.MULTILINE)
@@ -36,7 +39,11 @@ PYTHON = blocks("python")
 @pytest.mark.parametrize("page", PYTHON)
 def test_python_of_a_page_runs(page: str) -> None:
     torch.manual_seed(0)
-    exec(compile(PYTHON[page], page, "exec"), {"__name__": "page"})
+    threads = torch.get_num_threads()
+    try:
+        exec(compile(PYTHON[page], page, "exec"), {"__name__": "page"})
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_readme_and_quickstart_show_python() -> None:
@@ -57,7 +64,7 @@ def test_make_targets_named_in_the_pages_exist() -> None:
             assert set(MAKE.findall(piece)) <= targets, f"{named(page)}: {piece}"
 
 
-@pytest.mark.parametrize("command", ["scan", "inspect", "diff", "report", "check", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["scan", "inspect", "diff", "report", "check", "demo", "doctor", "lab"])
 def test_options_named_in_the_pages_are_in_the_help(command: str) -> None:
     shown = subprocess.run(
         [sys.executable, "-c", "from orthofast.cli import main; main()", command, "--help"],
@@ -72,6 +79,42 @@ def test_options_named_in_the_pages_are_in_the_help(command: str) -> None:
             if f"orthofast {command}" in line:
                 for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*\b", line.split(f"orthofast {command}", 1)[1]):
                     assert option in shown.stdout, f"{named(page)} names {option}: {line}"
+
+
+ROOMS = ("distributed", "kernels", "lab", "metrics", "scan", "training")
+API = (ROOT / "docs" / "api.md", *sorted((ROOT / "docs" / "api").glob("*.md")))
+DIRECTIVE = re.compile(r"^\.\. (currentmodule|auto(?!summary)[a-z]+):: (\S+)", re.MULTILINE)
+
+
+def documented() -> set[str]:
+    """Full names of all that the pages of the reference document."""
+    names = set()
+    for page in API:
+        module = ""
+        for kind, name in DIRECTIVE.findall(page.read_text(encoding="utf-8")):
+            if kind == "currentmodule":
+                module = name
+            else:
+                names.add(f"{module}.{name}")
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_of_a_room_is_in_the_reference(room: str) -> None:
+    public = importlib.import_module(f"orthofast.{room}").__all__
+    assert {f"orthofast.{room}.{name}" for name in public} - documented() == set()
+
+
+def test_every_name_of_the_facade_is_listed_first_and_documented() -> None:
+    listed = set(re.findall(r"^   ~(orthofast\.\S+)$", API[0].read_text(encoding="utf-8"), re.MULTILINE))
+    assert {name.rpartition(".")[2] for name in listed} == set(orthofast.__all__) - {"__version__"}
+    assert listed <= documented()
+
+
+def test_every_name_of_the_reference_exists() -> None:
+    for full in documented():
+        module, _, name = full.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), full
 
 
 def test_every_file_of_the_house_stands_on_its_page_and_no_other() -> None:
