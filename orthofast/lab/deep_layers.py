@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from orthofast.lab.data import Images, load
@@ -41,6 +42,7 @@ def figure6(settings: Settings) -> Raw:
     """Gap behind each block at the start, with and without batch normalisation, for both kinds of network."""
     width, channels, count = SIZES_6[settings.scale]
     data = load(settings)
+    torch.manual_seed(settings.seed)
     loader = [inputs for inputs, _ in batches(data, 8, count, settings.seed)]
     found: Raw = {"layer": list(range(GAP_LAYERS + 1)), "high": math.sqrt(1 - 1 / 8)}
     for kind in ("perceptron", "convolutional"):

@@ -265,6 +265,17 @@ def test_mnist_is_cropped_and_halved(monkeypatch):
     assert found.train[1].sum() == 1
 
 
+def test_colour_images_are_grey_and_of_the_same_size(monkeypatch):
+    pictures = torch.zeros(2, 3, 32, 32)
+    pictures[0, 1], pictures[1, :, :, 16:] = 0.6, 1
+    labels = torch.tensor([0, 1])
+    data = Images("cifar10", pictures, labels, pictures, labels, 10)
+    monkeypatch.setattr(conditioning_fisher, "load", lambda settings: data)
+    found = conditioning_fisher.images(Settings())
+    assert torch.allclose(found.train[0], torch.full((144,), 0.2))
+    assert torch.allclose(found.test[1].view(12, 12), torch.tensor([0.0] * 6 + [1.0] * 6).expand(12, 12))
+
+
 def test_frozen_layers_stay_and_the_others_move():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
