@@ -66,7 +66,7 @@ def axis_of(
     room = (high - low) * margin if high > low else 0.15 if log else 0.1 * abs(high) or 1.0
     start = low - (0.0 if zero and low == 0 else room)
     end = high + (0.0 if zero and high == 0 else room)
-    most = max(3, int(length / 30))
+    most = max(3, int(length / (30 if upright else 60)))
     if measured and _short(shown):
         ticks: Sequence[float] = shown
     elif log:

@@ -79,7 +79,7 @@ def _drawn8(raws: Sequence[Raw]) -> Figure:
             Series(f"{blocks} blocks", raws[0]["epoch"], [raw[net][place]["loss"] for raw in raws])
             for place, blocks in enumerate(raws[0]["blocks"])
         ]
-        panels.append(Panel("epoch", "training loss", series, title=net, y_log=True, points=False))
+        panels.append(Panel("epoch", "training loss (nats)", series, title=net, y_log=True, points=False))
     return Figure(
         panels, "The learning rate is divided by 10 at half and at three quarters of the epochs. The axes differ."
     )

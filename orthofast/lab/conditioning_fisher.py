@@ -158,10 +158,10 @@ def _drawn1(raws: Sequence[Raw]) -> Figure:
     levels = [(f"whole, {kind}", statistics.fmean(raw[kind]["lambda_full"] for raw in raws)) for kind in KINDS]
     panels = [Panel("layer k", "largest eigenvalue of F_k", lambdas, y_log=True, levels=levels)]
     whole = [Series(f"{kind}, whole", SHARES_F, [raw[kind]["kappa_full"] for raw in raws]) for kind in KINDS]
-    panels.append(Panel("share p of the eigenvalues", "kappa_p", whole, title="whole Fisher matrix", y_log=True))
+    panels.append(Panel("share p of the eigenvalues", "κ_p", whole, title="whole Fisher matrix", y_log=True))
     for layer in LAYERS:
         series = [Series(f"{kind}, blocks", SHARES, [raw[kind]["kappa"][str(layer)] for raw in raws]) for kind in KINDS]
-        panels.append(Panel("share p of the eigenvalues", "kappa_p", series, title=f"layer {layer}", y_log=True))
+        panels.append(Panel("share p of the eigenvalues", "κ_p", series, title=f"layer {layer}", y_log=True))
     return Figure(panels, "8 linear layers of width 24 at their random start.")
 
 
@@ -243,7 +243,7 @@ def _drawn2(raws: Sequence[Raw]) -> Figure:
             for kind in KINDS
             for name, key in (("exact", "exact"), ("Kronecker", "kronecker"), ("independent pairs", "mixed"))
         ]
-        panels.append(Panel("share p of the eigenvalues", "kappa_p", series, title=f"layer {layer}", y_log=True))
+        panels.append(Panel("share p of the eigenvalues", "κ_p", series, title=f"layer {layer}", y_log=True))
     series = [
         Series(
             f"{kind}, {name}", COMPARED, [[raw[kind][str(one)][f"lambda_{key}"] for one in COMPARED] for raw in raws]
@@ -302,7 +302,7 @@ def _drawn_supplement(raws: Sequence[Raw]) -> Figure:
     deep = [place for place, (_, width) in enumerate(SHAPES) if width == WIDTH]
     wide = [place for place, (depth, _) in enumerate(SHAPES) if depth == DEPTH]
     panels = []
-    for key, title in (("lambda", "largest eigenvalue of F_k"), ("kappa", "kappa at 50 %")):
+    for key, title in (("lambda", "largest eigenvalue of F_k"), ("kappa", "κ at 50 % of F_k")):
         for places, axis, name in ((deep, 0, f"linear layers of width {WIDTH}"), (wide, 1, f"width of {DEPTH} layers")):
             x = [SHAPES[place][axis] for place in places]
             series = [Series(kind, x, [[raw[kind][place][key] for place in places] for raw in raws]) for kind in KINDS]

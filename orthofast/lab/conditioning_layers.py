@@ -164,8 +164,8 @@ def _drawn3(raws: Sequence[Raw]) -> Figure:
     panels = []
     for init in ("random", "He"):
         for side, title in (
-            ("lambda_x", "largest eigenvalue of Sigma_x"),
-            ("lambda_g", "largest eigenvalue of Sigma_g"),
+            ("lambda_x", "largest eigenvalue of Σ_x"),
+            ("lambda_g", "largest eigenvalue of Σ_g"),
         ):
             series = [
                 Series(f"{net}, {when}", raws[0]["layer"], [raw[f"{net}, {init}"][key][side] for raw in raws])
@@ -229,15 +229,15 @@ def _lower(one: float | None, other: float | None) -> bool:
 def _drawn5(raws: Sequence[Raw]) -> Figure:
     panels = []
     for key, title in (
-        ("kappa_x", "kappa at 80 % of Sigma_x"),
-        ("kappa_g", "kappa at 50 % of Sigma_g"),
+        ("kappa_x", "κ at 80 % of Σ_x"),
+        ("kappa_g", "κ at 50 % of Σ_g"),
         ("dead", "dying neurons of 256"),
         ("full", "full neurons of 256"),
     ):
         count = len(raws[0]["BN, He"][key])
         series = [Series(kind, raws[0]["layer"][:count], [raw[kind][key] for raw in raws]) for kind in KINDS]
         panels.append(Panel("layer", title, series, y_log=key.startswith("kappa"), points=False))
-    return Figure(panels, "20 linear layers of width 256 at their start, ReLU. The largest kappas are lower bounds.")
+    return Figure(panels, "20 linear layers of width 256 at their start, ReLU. The largest κ are lower bounds.")
 
 
 # Figure 4
@@ -288,7 +288,7 @@ def _verdict4(raws: Sequence[Raw]) -> Verdict:
 def _drawn4(raws: Sequence[Raw]) -> Figure:
     every = slice(None, None, 4)
     series = [Series(mask, raws[0]["step"][every], [raw["loss"][mask][every] for raw in raws]) for mask in MASKS]
-    panel = Panel("step", "training loss", series, y_log=True, points=False)
+    panel = Panel("step", "training loss (nats)", series, y_log=True, points=False)
     return Figure(
         [panel], "5 linear layers with BN, full gradient descent at 0.5; 0 marks frozen layers, first to last."
     )

@@ -91,8 +91,8 @@ def _verdict_linear(raws: Sequence[Raw]) -> Verdict:
 
 def _drawn_linear(raws: Sequence[Raw]) -> Figure:
     series = [
-        Series("steps to an error of 1e-6", KAPPAS, [raw["steps"] for raw in raws]),
-        Series("kappa ln 1e6", KAPPAS[1:], [[kappa * math.log(1 / ACCURACY) for kappa in KAPPAS[1:]]]),
+        Series("steps to an error of 10⁻⁶", KAPPAS, [raw["steps"] for raw in raws]),
+        Series("κ ln 10⁶", KAPPAS[1:], [[kappa * math.log(1 / ACCURACY) for kappa in KAPPAS[1:]]]),
     ]
     return Figure(
         [

@@ -216,8 +216,8 @@ def _verdict6(raws: Sequence[Raw]) -> Verdict:
 def _drawn_last(raws: Sequence[Raw], names: Sequence[str], caption: str) -> Figure:
     panels = []
     for key, title in (
-        ("loss", "training loss"),
-        ("lambda_x", "largest eigenvalue of Sigma_x"),
+        ("loss", "training loss (nats)"),
+        ("lambda_x", "largest eigenvalue of Σ_x"),
         ("lambda_w", "largest eigenvalue, gradient of W"),
         ("norm", "Frobenius norm of the weight"),
     ):

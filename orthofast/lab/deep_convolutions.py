@@ -146,7 +146,7 @@ def _drawn7(raws: Sequence[Raw]) -> Figure:
         for start in STARTS:
             runs = [_smoothed(raw["losses"][f"{extra}, {start}"], every) for raw in raws]
             series.append(Series(start, steps[every - 1 :: every], runs))
-        panels.append(Panel("step", f"loss, mean of {LAST} steps", series, title=f"{extra} extra convolutions"))
+        panels.append(Panel("step", f"loss (nats), mean of {LAST} steps", series, title=f"{extra} extra convolutions"))
     return Figure(panels, "Convolutional networks without BN, SGD.")
 
 

@@ -151,7 +151,7 @@ def _by_depth_figure(raws: Sequence[Raw], starts: Sequence[str]) -> Figure:
         return Panel("depth, linear layers", title, series, y_log=log)
 
     return Figure(
-        [panel("gap", "gap of the logits before training", False), panel("loss", f"loss, last {LAST} steps", True)],
+        [panel("gap", "gap of the logits before training", False), panel("loss", f"loss (nats), last {LAST} steps", True)],
         "Perceptrons with ReLU trained by SGD.",
     )
 
@@ -223,7 +223,7 @@ def _drawn4b(raws: Sequence[Raw]) -> Figure:
     ]
     losses = [Series("training loss", steps, [raw["loss"] for raw in raws])]
     return Figure(
-        [Panel("step", "orthogonality gap", gaps), Panel("step", "loss of the batch", losses, y_log=True)],
+        [Panel("step", "orthogonality gap", gaps), Panel("step", "loss of the batch (nats)", losses, y_log=True)],
         "20 linear layers with ReLU, SGD.",
     )
 

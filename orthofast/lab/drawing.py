@@ -17,7 +17,7 @@ import vl_convert
 
 from orthofast.lab.axes import LETTER_PX, Axis, axis_of, place
 from orthofast.lab.figures import Figure, Panel, Series
-from orthofast.lab.svg import recoloured, rounded
+from orthofast.lab.svg import recoloured, renumbered, rounded
 
 Spec = dict[str, Any]
 
@@ -78,7 +78,7 @@ def declaration(figure: Figure, title: str, seeds: int, *, dark: bool = False) -
 def pictures(figure: Figure, title: str, seeds: int) -> dict[str, str | bytes]:
     """The files of a figure by name: PNG and SVG for print, SVG for a dark page."""
     light = declaration(figure, title, seeds)
-    svg = rounded(str(vl_convert.vegalite_to_svg(light)))
+    svg = renumbered(rounded(str(vl_convert.vegalite_to_svg(light))))
     return {
         "figure.svg": svg,
         "figure.png": bytes(vl_convert.vegalite_to_png(light, scale=PNG_SCALE)),
@@ -122,7 +122,7 @@ def _config() -> Spec:
 def _seeds(figure: Figure, seeds: int) -> str:
     """In words: what is drawn of several seeds."""
     if seeds == 1:
-        return "One seed."
+        return "One seed; a gap where it has no number."
     spread = [panel for panel in figure.panels if any(len(one.runs) > 1 for one in panel.series)]
     if not spread:
         return ""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from orthofast.errors import InputError
+
+KINDS = ("lines", "bars", "dots", "cells")
 Runs = Sequence[Sequence[float | None]]  # one sequence over x for each seed
 
 
@@ -43,6 +46,9 @@ class Panel:
         points: draw points on lines; leave them out for long series.
         levels: horizontal lines, such as a theory's value: (name, y).
         rows: title of the vertical axis of cells, where ``y`` is that of the shades.
+
+    Raises:
+        InputError: if an axis has no title, or the kind is not known.
     """
 
     x: str
@@ -55,6 +61,13 @@ class Panel:
     points: bool = True
     levels: Sequence[tuple[str, float]] = field(default_factory=tuple)
     rows: str = ""
+
+    def __post_init__(self) -> None:
+        for name, title in (("x", self.x), ("y", self.y)):
+            if not title.strip():
+                raise InputError(f"{name} of a panel needs the title of its axis, got {title!r}")
+        if self.kind not in KINDS:
+            raise InputError(f"kind of a panel needs one of {', '.join(KINDS)}, got {self.kind!r}")
 
 
 @dataclass(frozen=True)

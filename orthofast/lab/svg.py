@@ -14,6 +14,7 @@ _FRAME = re.compile(r'<path class="(?:back|fore)ground"[^<>]*/>')
 _SILENT = re.compile(
     r' (?:class|role|aria-[a-z]+|pointer-events|font-family)="[^"]*"| (?:opacity="1"|xmlns:xlink="[^"]*"|version="1.1")'
 )
+_COUNTED = re.compile(r"\bgradient_(\d+)\b")
 _LINK = re.compile(r'(\bid="|url\(#)')
 
 
@@ -33,6 +34,16 @@ def rounded(svg: str, decimals: int = DECIMALS) -> str:
     '<path d="M0.12,7h0"/>'
     """
     return _PLACED.sub(lambda found: f'{found[1]}="{_NUMBER.sub(lambda n: _short(n[0], decimals), found[2])}"', svg)
+
+
+def renumbered(svg: str) -> str:
+    """The picture with its gradients numbered from 0; Vega counts on from one picture to the next.
+
+    >>> renumbered('<linearGradient id="gradient_7"/><rect fill="url(#gradient_7)"/>')
+    '<linearGradient id="gradient_0"/><rect fill="url(#gradient_0)"/>'
+    """
+    order = {name: str(place) for place, name in enumerate(dict.fromkeys(_COUNTED.findall(svg)))}
+    return _COUNTED.sub(lambda found: f"gradient_{order[found[1]]}", svg)
 
 
 def embedded(svg: str, name: str, prefix: str) -> str:
