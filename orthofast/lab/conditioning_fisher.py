@@ -147,8 +147,9 @@ def _verdict1(raws: Sequence[Raw]) -> Verdict:
             )
     return judge(
         checks,
-        "Plain's values depend on the scale of the data, BN's do not: that they are about 100 here and about 1 in the "
-        "picture, the text does not explain. No more eigenvalues of the whole are nonzero than there are images, so "
+        "Plain's values depend on the scale of the data, BN's do not. BN's largest of the whole is about 100, not 1: "
+        "that of the first layer's block, whose inputs are not centred; centred digits halve it, and blocks of layers "
+        "3 to 8 have 1 to 7. No more eigenvalues of the whole are nonzero than there are images, so "
         "that its kappa is taken at small shares. A kappa above 1e12 is a lower bound.",
     )
 
