@@ -1,4 +1,4 @@
-"""`python -m benchmarks.render [--check]`: the tables of README.md and docs/benchmarks.md, from results files only."""
+"""`python -m benchmarks.render [--check]`: numbers of README.md, docs/benchmarks.md, docs/lab.md, from results."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from benchmarks import gpu_tables, race_tables, tables
 from benchmarks.gpu_measured import GpuResults, load_all_gpu
 from benchmarks.machine import RESULTS, ROOT
 from benchmarks.measured import Results, load_all
+from docs import lab_counts
+from docs.recorded import Record, records
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+LAB_BEGIN, LAB_END = "<!-- lab:begin -->", "<!-- lab:end -->"
 EMPTY = "Nothing is recorded yet: `python -m benchmarks.run cpu` measures this machine."
 
 
-def between(text: str, body: str, name: str) -> str:
+def between(text: str, body: str, name: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with everything between the two markers replaced.
 
     Raises:
         ValueError: if the markers are not there once each, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{name} needs one {BEGIN} and one {END} after it; add them where the tables belong")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{name} needs one {begin} and one {end} after it; add them where the tables belong")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"
 
 
 def pages(found: Sequence[Results], found_gpu: Sequence[GpuResults] = (), races: Sequence[str] = ()) -> dict[str, str]:
@@ -44,18 +47,34 @@ def pages(found: Sequence[Results], found_gpu: Sequence[GpuResults] = (), races:
     }
 
 
+def lab_pages(found: Sequence[Record]) -> dict[str, str]:
+    """File -> what belongs between its markers of the lab; none where no run of the lab is recorded.
+
+    Raises:
+        ValueError: if a record no longer fits the lab.
+    """
+    return {"README.md": lab_counts.short(found), "docs/lab.md": lab_counts.full(found)} if found else {}
+
+
 def render(root: Path, results: Path, *, check: bool) -> list[str]:
-    """Write both pages, or with ``check`` only compare; names of the files that differed.
+    """Write the pages, or with ``check`` only compare; names of the files that differed.
 
     Raises:
         ValueError: if a page has no markers or a results file cannot be used.
         OSError: if a page is missing.
     """
+    bodies = [
+        (name, body, BEGIN, END)
+        for name, body in pages(load_all(results), load_all_gpu(results), race_tables.sections(results)).items()
+    ]
+    recorded = lab_pages(records(root / "docs" / "results"))
+    bodies += [(name, body, LAB_BEGIN, LAB_END) for name, body in recorded.items()]
     changed = []
-    for name, body in pages(load_all(results), load_all_gpu(results), race_tables.sections(results)).items():
+    for name in dict.fromkeys(name for name, *_ in bodies):
         path = root / name
-        old = path.read_text()
-        new = between(old, body, name)
+        old = new = path.read_text()
+        for _, body, begin, end in (one for one in bodies if one[0] == name):
+            new = between(new, body, name, begin, end)
         if new != old:
             changed.append(name)
             if not check:

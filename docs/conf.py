@@ -1,19 +1,29 @@
 """Settings of the manual."""
 
 import re
+import sys
 from html import escape
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.util import logging
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the extension docs.gallery_directives
+
 project = "orthofast"
 author = "the orthofast authors"
 version = release = metadata.version("orthofast")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "docs.gallery_directives",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"orthofast {version}"
@@ -30,6 +40,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 add_module_names = False
 
+CAPITAL_GREEK = re.compile(r"<mi>(?=&#x003(?:9[1-9A-F]|A[0-9]);</mi>)")  # upright, as TeX sets them
 LITERAL = re.compile(r"(``.*?``)")
 
 
@@ -47,6 +58,7 @@ def show_math(writer: Any, node: nodes.Element) -> None:
     formula = convert(latex, display="block" if block else "inline")
     if "\\" in formula or "&<" in formula:  # a command or an environment it does not know
         logging.getLogger(__name__).warning("no MathML for %s", latex, location=node)
+    formula = CAPITAL_GREEK.sub('<mi mathvariant="normal">', formula)
     kind = "div" if block else "span"
     writer.body.append(f'<{kind} class="math" title="{escape(latex)}">{formula}</{kind}>')
     raise nodes.SkipNode

@@ -1,0 +1,1 @@
+"""What the manual is made with, apart from its pages."""
