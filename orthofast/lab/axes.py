@@ -66,7 +66,7 @@ def axis_of(
     room = (high - low) * margin if high > low else 0.15 if log else 0.1 * abs(high) or 1.0
     start = low - (0.0 if zero and low == 0 else room)
     end = high + (0.0 if zero and high == 0 else room)
-    most = max(3, int(length / (30 if upright else 60)))
+    most = max(3, int(length / (30 if upright else 48)))
     if measured and _short(shown):
         ticks: Sequence[float] = shown
     elif log:
@@ -93,7 +93,7 @@ def written(ticks: Sequence[float], log: bool) -> list[str]:
     (['10⁻⁵', '2·10⁻⁵'], ['0.5', '1.0'], ['10¹⁰'])
     """
     sizes = [abs(tick) for tick in ticks if tick]
-    if sizes and (max(sizes) >= 1e5 or (min(sizes) < 1e-3 and (log or max(sizes) < 1e-3))):
+    if sizes and (max(sizes) >= 1e5 or (min(sizes) < 1e-4 and (log or max(sizes) < 1e-3))):
         return [_power(tick) for tick in ticks]
     if log or not sizes:
         return [_minus(f"{tick:g}") for tick in ticks]

@@ -25,6 +25,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#3b3b3b", "#b87a00", "#3
 DARK_COLOURS = ("#56b4e9", "#ff8c42", "#2fcf9f", "#e7a5c9", "#d9d9d9", "#f2b632", "#8ccbf2")
 DASHES = ([1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [4, 2], [1, 3], [14, 4])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
+FILLS = (0.6, 0.3, 0.75, 0.15, 0.45, 0.25, 0.7)
 SIZES = (78, 58, 62, 56, 60, 50, 50)  # later ones leave the earlier ones to be seen
 WIDTH, ALONE, HEIGHT, CELL_PX, BAR_PX = 300, 430, 210, 13, 40
 SMALL_PX = 6.0  # mean width of a letter of captions
@@ -42,6 +43,7 @@ class _Look(NamedTuple):
     dash: list[int]
     shape: str
     size: int
+    fill: float  # of bars: light and dark in turn, for prints without colour
 
 
 def declaration(figure: Figure, title: str, seeds: int, *, dark: bool = False) -> Spec:
@@ -146,11 +148,11 @@ def _looks(figure: Figure) -> dict[str, _Look]:
     looks = {}
     for name in names:
         index = own.index(_plain(name, names))
-        lists: tuple[Sequence[Any], ...] = (COLOURS, DASHES, SHAPES, SIZES)
-        colour, dash, shape, size = (values[index % len(values)] for values in lists)
+        lists: tuple[Sequence[Any], ...] = (COLOURS, DASHES, SHAPES, SIZES, FILLS)
+        colour, dash, shape, size, fill = (values[index % len(values)] for values in lists)
         if index >= len(COLOURS):  # the same colour comes again with another dash and shape
             dash, shape = DASHES[(index + 2) % len(DASHES)], SHAPES[(index + 3) % len(SHAPES)]
-        looks[name] = _Look(colour, dash, shape, size)
+        looks[name] = _Look(colour, dash, shape, size, fill)
     return looks
 
 
@@ -193,6 +195,8 @@ def _panel(panel: Panel, looks: dict[str, _Look], wide: int) -> Spec:
 def _encoded(field: str, axis: Axis, title: str, *, grid: bool, angle: int) -> Spec:
     labels, ticks = json.dumps(axis.labels, ensure_ascii=False), json.dumps(axis.ticks)
     shown: Spec = {"values": list(axis.ticks), "labelExpr": f"{labels}[indexof({ticks}, datum.value)]", "grid": grid}
+    if field == "y" and "⁰" <= max(labels):
+        shown["titlePadding"] = 12  # raised digits are measured too narrow
     if angle:
         shown |= {"labelAngle": angle, "labelAlign": "right", "labelBaseline": "top"}
     return {
@@ -212,7 +216,7 @@ def _encoded(field: str, axis: Axis, title: str, *, grid: bool, angle: int) -> S
 def _series(
     series: Series, rows: list[dict[str, Any]], look: _Look, kind: str, points: bool, axes: dict[str, Spec]
 ) -> list[Spec]:
-    """Band or range, then line or bar, then markers."""
+    """Band, line or bar, markers, range."""
     layers: list[Spec] = []
     low, high = {"y": axes["y"] | {"field": "low"}}, {"y2": {"field": "high"}}
     spread = not series.published and any(row["y"] is not None and row["low"] < row["high"] for row in rows)
@@ -226,11 +230,11 @@ def _series(
     elif kind == "bars":
         to = {"x": axes["x"] | {"field": "left"}, "x2": {"field": "right"}, "y2": {"field": "zero"}}
         layers.append({"mark": _bar(look, series.published), "encoding": axes | to})
-    if kind != "lines" and spread:
-        rule = {"type": "rule", "strokeWidth": 1.5, "color": LIGHT["ink"]}
-        layers.append({"mark": rule, "encoding": axes | low | high})
     if points or kind != "lines":
         layers.append({"mark": _marker(look, series.published), "encoding": axes})
+    if kind != "lines" and spread:  # above the marker, which may be longer than the range
+        rule = {"type": "rule", "strokeWidth": 1.5, "color": LIGHT["ink"]}
+        layers.append({"mark": rule, "encoding": axes | low | high})
     for layer in layers:
         layer["data"] = {"values": rows}
     return layers
@@ -241,7 +245,7 @@ def _stroke(look: _Look, width: float) -> Spec:
 
 
 def _bar(look: _Look, hollow: bool) -> Spec:
-    fill = {"type": "rect", "fill": look.colour, "fillOpacity": 0.0 if hollow else 0.45}
+    fill = {"type": "rect", "fill": look.colour, "fillOpacity": 0.0 if hollow else look.fill}
     return fill | {"stroke": look.colour, "strokeWidth": 1.2, "strokeDash": [3, 2] if hollow else [1, 0]}
 
 
