@@ -64,7 +64,18 @@ def show_math(writer: Any, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
+def find_home(app: Any, env: Any, node: Any, shown: Any) -> Any:
+    """Docstrings say orthofast.pii, or name the file that defines it; the reference has it under its room."""
+    target, domain = node.get("reftarget", ""), env.get_domain("py")
+    last = target.rpartition(".")[2]
+    homes = [name for name in domain.objects if name.startswith("orthofast.") and name.rpartition(".")[2] == last]
+    if not target.startswith("orthofast.") or len(homes) != 1:
+        return None
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", homes[0], node, shown)
+
+
 def setup(app: Any) -> None:
     """Run before napoleon reads the docstrings."""
     app.connect("autodoc-process-docstring", keep_signs, priority=400)
+    app.connect("missing-reference", find_home)
     app.add_html_math_renderer("mathml", inline_renderers=(show_math, None), block_renderers=(show_math, None))
