@@ -195,7 +195,7 @@ def _panel(panel: Panel, looks: dict[str, _Look], wide: int) -> Spec:
 def _encoded(field: str, axis: Axis, title: str, *, grid: bool, angle: int) -> Spec:
     labels, ticks = json.dumps(axis.labels, ensure_ascii=False), json.dumps(axis.ticks)
     shown: Spec = {"values": list(axis.ticks), "labelExpr": f"{labels}[indexof({ticks}, datum.value)]", "grid": grid}
-    if field == "y" and "⁰" <= max(labels):
+    if field == "y" and set("⁰¹²³⁴⁵⁶⁷⁸⁹") & set(labels):
         shown["titlePadding"] = 12  # raised digits are measured too narrow
     if angle:
         shown |= {"labelAngle": angle, "labelAlign": "right", "labelBaseline": "top"}
