@@ -82,7 +82,7 @@ class LabVerdicts(OfGallery):
         """The nodes."""
         found = self.found()
         made: list[nodes.Node] = [_counts(record) for record in found.records]
-        heads = ["table or figure", *(record.name for record in found.records), "measured", "published"]
+        heads = ["table or figure", "verdict", "measured", "published"]
         for key, paper in PAPERS.items():
             rows = [
                 overview_row(registry.REGISTRY[identifier], columns)

@@ -94,7 +94,7 @@ def section_of(entry: Experiment | Absent, shown: Sequence[Shown]) -> nodes.sect
 
 
 def overview_row(entry: Experiment | Absent, columns: Sequence[Shown | None]) -> list[list[nodes.Node]]:
-    """Its line in the table of all: what, a verdict for each data set, a condition measured and published.
+    """Its line in the table of all: what, the verdict on each data set, a condition measured and published.
 
     The condition is the first that fails where the claim is not reproduced, else the first.
 
@@ -104,22 +104,26 @@ def overview_row(entry: Experiment | Absent, columns: Sequence[Shown | None]) ->
     """
     what: list[nodes.Node] = [_reference(entry.id), nodes.Text(f" {entry.title}")]
     recorded = [one for one in columns if one is not None]
+    several = len(columns) > 1
     checks = [check for check in recorded[0].judged.verdict.checks if check.holds is not None] if recorded else []
     first = next((check for check in checks if not check.holds), checks[0] if checks else None)
-    absent = isinstance(entry, Absent)
     below = entry.reason if isinstance(entry, Absent) else first.what if first else ""
     if below:
-        what.append(nodes.inline("", below, classes=["lab-below"]))
-    cells = [what]
-    for index, one in enumerate(columns):
-        if one is not None:
-            cells.append([status_of(one.judged.verdict.status)])
-        else:
-            cells.append([status_of(NOT_RUN if absent else UNRECORDED)] if index == 0 else [nodes.Text(NOTHING)])
+        what.append(_below(below))
+    verdicts: list[nodes.Node] = []
+    for one in recorded:
+        verdicts.append(status_of(one.judged.verdict.status))
+        verdicts += [_below(f"on {one.data}")] if several else []
+    verdicts = verdicts or [status_of(NOT_RUN if isinstance(entry, Absent) else UNRECORDED)]
     if first is None:
-        return [*cells, [nodes.Text(NOTHING)], [nodes.Text(NOTHING)]]
-    needed = nodes.inline("", f"needed {first.needed}", classes=["lab-below"])
-    return [*cells, [_number(first), needed], [nodes.Text(number(first.published))]]
+        return [what, verdicts, [nodes.Text(NOTHING)], [nodes.Text(NOTHING)]]
+    needed = _below(f"needed {first.needed}" + (f", on {recorded[0].data}" if several else ""))
+    return [what, verdicts, [_number(first), needed], [nodes.Text(number(first.published))]]
+
+
+def _below(text: str) -> nodes.inline:
+    """A line of its own under a cell's first."""
+    return nodes.inline("", text, classes=["lab-below"])
 
 
 def status_of(status: str) -> nodes.inline:

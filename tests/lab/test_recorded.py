@@ -88,6 +88,7 @@ def test_a_run_is_recorded_and_judged_as_it_was(folder: Path, tmp_path: Path, ca
     }
     assert [len(record.runs[key].seeds) for key in ("S0-T1", "S1-F1", "S3-F1")] == [2, 2, 1]
     assert record.runs["S0-T1"].size == "few rows"
+    assert list(record.runs["S0-T1"].raws[0]["rows"]) == ["2", "0.5"]  # not sorted
     lines = target.read_text().splitlines()
     assert [line[:7] for line in lines if line.startswith('"S')] == ['"S0-T1"', '"S1-F1"', '"S3-F1"']
 
