@@ -103,6 +103,8 @@ def test_the_labels_of_the_picture_are_those_of_the_axis() -> None:
 def test_bars_on_a_logarithmic_axis_are_marks_at_their_values() -> None:
     runs = [[0.001, 0.1, 10.0], [0.004, 0.4, 40.0]]
     panel = Panel("optimiser", "loss", [Series("one", ["a", "b", "c"], runs)], kind="bars", y_log=True)
+    layers = panels_of(declaration(Figure([panel]), "A title", 2))[0]["layer"]
+    assert "rect" not in {layer["mark"]["type"] for layer in layers}  # it would begin at 0, which is nowhere
     svg = svg_of(panel, seeds=2)
     inside = marks(svg, COLOURS[0])[1:]
     assert len(inside) == 3
