@@ -67,16 +67,16 @@ def by_layer(model: nn.Module, data: Images, rows: int) -> dict[str, Any]:
         "lambda_x": [layer.lambda_max_x for layer in layers],
         "lambda_g": [layer.lambda_max_g for layer in layers],
         "trace_g": [_trace(layer.spectrum_g) for layer in layers],
-        "kappa_x": [layer.kappa_x[0.8] for layer in layers],
-        "kappa_g": [layer.kappa_g[0.5] for layer in layers[:-1]],
-        "dead": [layer.dead for layer in layers[:-1]],
-        "full": [layer.full for layer in layers[:-1]],
+        "kappa_x": [layer.kappa_x.get(0.8, math.nan) for layer in layers],
+        "kappa_g": [layer.kappa_g.get(0.5, math.nan) for layer in layers[:-1]],
+        "dead": [math.nan if layer.dead is None else layer.dead for layer in layers[:-1]],
+        "full": [math.nan if layer.full is None else layer.full for layer in layers[:-1]],
     }
 
 
 def _trace(spectrum: Tensor | None) -> float:
-    assert spectrum is not None
-    return spectrum.sum().item()
+    """NaN of a layer that could not be measured, such as one whose weights are not finite."""
+    return math.nan if spectrum is None else spectrum.sum().item()
 
 
 # Figure 3
@@ -103,9 +103,11 @@ def _magnitudes(layers: dict[str, Any]) -> dict[str, Any]:
     return {key: layers[key] for key in ("lambda_x", "lambda_g", "trace_g")}
 
 
-def _fall(values: Sequence[float]) -> float:
-    """Largest over smallest of layers 2 to 19: those whose inputs and outputs are hidden."""
-    inner = values[1:-1]
+def _fall(values: Sequence[Number]) -> float | None:
+    """Largest over smallest of layers 2 to 19: those whose inputs and outputs are hidden; None if one has no number."""
+    inner = [value for value in values[1:-1] if value is not None and math.isfinite(value)]
+    if len(inner) < len(values) - 2:
+        return None
     return max(inner) / min(inner) if min(inner) > 0 else math.inf
 
 
@@ -135,7 +137,7 @@ def _verdict3(raws: Sequence[Raw]) -> Verdict:
             )
         )
         for layer in (19, 10):
-            shares = [_ratio(start["lambda_g"][layer - 1], start["trace_g"][layer - 1]) for start in starts]
+            shares = [_over(start["lambda_g"][layer - 1], start["trace_g"][layer - 1]) for start in starts]
             checks.append(shown(f"{kind}: lambda_max of output gradients over their trace, layer {layer}", shares))
     return judge(
         checks,
@@ -148,16 +150,16 @@ def _verdict3(raws: Sequence[Raw]) -> Verdict:
     )
 
 
-def _growth(values: Sequence[float]) -> float:
-    return (values[1] / values[18]) ** (1 / 17) if values[18] > 0 else math.nan
+def _growth(values: Sequence[Number]) -> float | None:
+    return _power(_over(values[1], values[18]), 1 / 17)
 
 
-def _ratio(one: float, other: float) -> float:
-    return one / other if other > 0 else math.nan
+def _layer_rate(values: Sequence[Number]) -> float | None:
+    return _power(_over(values[18], values[3]), 1 / 15)
 
 
-def _layer_rate(values: Sequence[float]) -> float:
-    return float((values[18] / values[3]) ** (1 / 15)) if values[3] > 0 else math.nan
+def _power(value: float | None, exponent: float) -> float | None:
+    return None if value is None else float(value**exponent)
 
 
 def _drawn3(raws: Sequence[Raw]) -> Figure:
@@ -210,7 +212,7 @@ def _verdict5(raws: Sequence[Raw]) -> Verdict:
                 checks.append(shown(f"{net}, {init}: layer 10, {name}", [cell[key][9] for cell in cells]))
         for key, name in (("dead", "dying"), ("full", "full")):
             checks += [
-                below(f"BN, {init}: {name} neurons in all layers", [sum(cell[key]) for cell in bn], 0.5, "none"),
+                below(f"BN, {init}: {name} neurons in all layers", [_total(cell[key]) for cell in bn], 0.5, "none"),
                 less(
                     f"Plain, {init}: {name} neurons, layer 1 minus layer 19",
                     [cell[key][0] for cell in plain],
@@ -220,6 +222,11 @@ def _verdict5(raws: Sequence[Raw]) -> Verdict:
                 shown(f"Plain, {init}: {name} neurons of layer 19", [cell[key][18] for cell in plain]),
             ]
     return judge(checks, "Where an eigenvalue lies below what float64 resolves, kappa is a lower bound.")
+
+
+def _total(counts: Sequence[Number]) -> float | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _lower(one: float | None, other: float | None) -> bool:

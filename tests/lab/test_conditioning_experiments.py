@@ -184,11 +184,14 @@ def test_numbers_as_the_paper_has_them_reproduce_and_are_drawn(key):
         ("S2-X2", ("Plain", 4, "kappa"), 20.0),
         ("S2-F3", ("Plain, random"), _trained(0.9)),
         ("S2-F3", ("BN, He", "start", "lambda_g", 1), 1e4),
+        ("S2-F3", ("BN, He", "start", "lambda_g", 1), None),
+        ("S2-F3", ("Plain, random", "start", "lambda_x", 18), None),
         ("S2-F3", ("Plain, He", "start"), _magnitudes(1 / 6)),
         ("S2-F4", ("loss", "00001", 2), 1.2),  # hardly falls
         ("S2-F4", ("loss", "11101", 2), 0.009),  # ends better
         ("S2-F4", ("loss", "11110", 2), None),
         ("S2-F5", ("BN, random", "dead", 7), 1),
+        ("S2-F5", ("BN, He", "full", 7), None),
         ("S2-F5", ("Plain, He", "full"), RISING[::-1]),
         ("S2-F5", ("BN, He", "kappa_x"), [1e7] * 20),
         ("S2-F5", ("BN, random", "kappa_g"), [None] * 19),
@@ -274,6 +277,16 @@ def test_colour_images_are_grey_and_of_the_same_size(monkeypatch):
     found = conditioning_fisher.images(Settings())
     assert torch.allclose(found.train[0], torch.full((144,), 0.2))
     assert torch.allclose(found.test[1].view(12, 12), torch.tensor([0.0] * 6 + [1.0] * 6).expand(12, 12))
+
+
+def test_a_layer_without_numbers_leaves_nan():
+    labels = torch.arange(24) % 10
+    data = Images("digits", torch.rand(24, 16), labels, torch.rand(4, 16), labels[:4], 10)
+    model = nn.Sequential(nn.Linear(16, 4, bias=False), nn.ReLU(), nn.Linear(4, 10, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+    found = conditioning_layers.by_layer(model, data, 24)
+    assert all(math.isnan(value) for name in ("lambda_g", "trace_g", "kappa_g") for value in found[name])
 
 
 def test_frozen_layers_stay_and_the_others_move():

@@ -68,7 +68,7 @@ CUTS: dict[str, dict[str, Any]] = {
         "SHAPES": ((4, 24), (8, 24), (8, 30)),
     },
     "conditioning_layers": {
-        "WIDTH": 12,
+        "WIDTH": 3,
         "RATES": (0.1,),
         "TRAINING": {"small": (1, 24, 32), "paper": (1, TRAIN, TRAIN)},
         "FREEZING": {"small": (8, 2, 24, 0.5), "paper": (12, 2, TRAIN, 0.5)},
@@ -77,12 +77,18 @@ CUTS: dict[str, dict[str, Any]] = {
     "conditioning_epochs": {"BATCH": 24, "EPOCHS": both(4), "TRAINED": both((1,))},
     "batchnorm_regularization": {"HIDDEN": 12, "STEPS": {"small": 2, "paper": 3}, "BATCH": 16},
     "independence_beyond": {"MOST": 12, "BATCH": 16, "WIDTHS": {"small": (8, 12), "paper": (12, 16)}},
-    "modern_blocks": {
-        "LINEAR": {"small": (8, 1, 1), "paper": (10, 1, 1)},
-        "RECTIFIED": {"small": (8, 1, 1), "paper": (10, 1, 1)},
+    "deep_standardization": {
+        "SIZES": {"small": (12, 3, 24, 0.01), "paper": (14, 3, 24, 0.01)},
+        "DEPTHS": {"small": (3, 4), "paper": (3, 4, 5)},
+    },
+    "deep_normalization": {
+        "LINEAR": {"small": (8, 1, 1), "paper": (10, 1, 2)},
+        "RECTIFIED": {"small": (8, 1, 1), "paper": (10, 1, 2)},
         "TRAINED": {"small": (4, 8, 2, 24, 0.01), "paper": (5, 10, 2, 24, 0.01)},
-        "TRANSFORMERS": {"small": (2, 8, 2, 1, 1), "paper": (3, 8, 2, 1, 1)},
-        "FITTED": {"small": (2, 2, 8, 1e-3), "paper": (3, 2, 8, 3e-4)},
+    },
+    "modern_blocks": {
+        "TRANSFORMERS": {"small": (2, 12, 2, 1, 1), "paper": (3, 12, 3, 1, 1)},
+        "FITTED": {"small": (2, 12, 2, 2, 8, 1e-3), "paper": (3, 12, 3, 2, 8, 3e-4)},
     },
 }
 
