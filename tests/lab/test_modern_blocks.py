@@ -89,6 +89,7 @@ def test_clipping_limits_rows_to_a_share_of_their_length_and_vectors_as_a_whole(
     weight, gain, idle = (nn.Parameter(torch.randn(*shape)) for shape in ((6, 4), (6, 1), (2, 2)))
     weight.grad, gain.grad = torch.randn(6, 4) * 9, torch.randn(6, 1) * 9
     weight.grad[0] *= 1e-9
+    gain.grad[1:] *= 1e-2
     before = weight.grad.clone(), gain.grad.clone()
     clip_gradients_([weight, gain, idle], limit=0.02)
     ratios = weight.grad.norm(dim=1) / weight.detach().norm(dim=1)
@@ -96,6 +97,7 @@ def test_clipping_limits_rows_to_a_share_of_their_length_and_vectors_as_a_whole(
     torch.testing.assert_close(weight.grad[0], before[0][0])
     torch.testing.assert_close(weight.grad[1] / weight.grad[1].norm(), before[0][1] / before[0][1].norm())
     assert (gain.grad.norm() / gain.detach().norm()).item() == pytest.approx(0.02)
+    torch.testing.assert_close(gain.grad / gain.grad.norm(), before[1] / before[1].norm())
     assert idle.grad is None
 
 
@@ -122,6 +124,10 @@ def test_rotary_positions_keep_lengths_and_tell_distances_only() -> None:
         diagonal = products.diagonal(offset)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
     assert products[0].std() > 1e-2
+    first = rotated(torch.eye(8)[:1].repeat(6, 1))[3], rotated(torch.eye(8)[1:2].repeat(6, 1))[3]
+    for place, angle in enumerate((3.0, 3 * 10_000 ** (-2 / 8))):
+        assert first[place][place].item() == pytest.approx(math.cos(angle), abs=1e-6)
+        assert first[place][place + 4].item() == pytest.approx(math.sin(angle), abs=1e-6)
 
 
 def test_blocks_without_their_branches_keep_or_normalise_the_stream() -> None:
@@ -147,6 +153,8 @@ def test_blocks_without_their_branches_keep_or_normalise_the_stream() -> None:
 def test_feed_forward_layers_keep_mean_squares(gated: bool) -> None:
     layer, x = FeedForward(256, 700, gated=gated), torch.randn(50, 1, 256)
     assert layer(x).square().mean().item() == pytest.approx(1, abs=0.15)
+    block, flat = ResidualBlock(256, "RMSNorm"), 3 * torch.randn(50, 256)
+    assert (block(flat) - flat).square().mean().item() == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm", "batch norm"])
@@ -227,7 +235,8 @@ def test_wide_transformers_with_uniform_attention_follow_their_limit(kind: str, 
 
     def build() -> nn.Module:
         net = ImageTransformer((1, 5, 6), 384, 3, 4, 10, kind, before=before)
-        for block in net.blocks[1:]:
+        for block in list(net.blocks)[1:]:
+            assert isinstance(block, TransformerBlock)
             nn.init.zeros_(block.self_attn.q_proj.weight)  # equal logits
         if net.positions is not None:
             nn.init.zeros_(net.positions)
@@ -251,7 +260,7 @@ def test_the_growth_of_gradients_is_the_square_of_the_weights_scale() -> None:
     inputs, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     model = nn.Sequential(*layers[:-1])
     assert deep_standardization.gradient_growth(model, inputs, labels) == pytest.approx(9, rel=1e-4)
-    assert math.isnan(deep_standardization.gradient_growth(model[:3], inputs, labels))
+    assert math.isnan(deep_standardization.gradient_growth(nn.Sequential(*layers[:3]), inputs, labels))
 
 
 # verdicts
@@ -375,16 +384,17 @@ def test_what_is_only_shown_decides_nothing() -> None:
 # runs
 
 
+def images(settings: Settings) -> Images:
+    """Three classes that differ in brightness."""
+    generator = torch.Generator().manual_seed(0)
+    labels: Tensor = torch.arange(120) % 3
+    shown = torch.rand(120, 1, 8, 8, generator=generator) + labels[:, None, None, None]
+    return Images("three", shown[20:], labels[20:], shown[:20], labels[:20], 3)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks, a few steps, no files."""
-
-    def images(settings: Settings) -> Images:
-        generator = torch.Generator().manual_seed(0)
-        labels: Tensor = torch.arange(120) % 3
-        shown = torch.rand(120, 1, 8, 8, generator=generator) + labels[:, None, None, None]
-        return Images("three", shown[20:], labels[20:], shown[:20], labels[:20], 3)
-
     for room in (deep_normalization, modern_blocks, deep_standardization):
         monkeypatch.setattr(room, "load", images)
     monkeypatch.setattr(deep_normalization, "LINEAR", {"small": (16, 1, 1)})
@@ -411,9 +421,8 @@ def test_an_experiment_repeats_by_seed_is_judged_and_drawn(key: str) -> None:
     assert REGISTRY[key] is experiment
 
 
-@pytest.mark.usefixtures("quick")
 def test_arms_differ_as_they_are_named() -> None:
-    data = deep_standardization.load(Settings()).flat()
+    data = images(Settings()).flat()
     nets = {arm: deep_standardization.started(data, 4, 12, arm, 0) for arm in ARMS}
     assert [type(layer) for layer in nets[STANDARDIZED]] == [StandardizedLinear, nn.ReLU] * 3 + [nn.Linear]
     assert all(
