@@ -39,6 +39,7 @@ autosummary_generate = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 add_module_names = False
+suppress_warnings = ["ref.python"]  # two rooms have a Skipped of their own
 
 CAPITAL_GREEK = re.compile(r"<mi>(?=&#x003(?:9[1-9A-F]|A[0-9]);</mi>)")  # upright, as TeX sets them
 LITERAL = re.compile(r"(``.*?``)")
@@ -68,7 +69,8 @@ def find_home(app: Any, env: Any, node: Any, shown: Any) -> Any:
     """Docstrings say orthofast.pii, or name the file that defines it; the reference has it under its room."""
     target, domain = node.get("reftarget", ""), env.get_domain("py")
     last = target.rpartition(".")[2]
-    homes = [name for name in domain.objects if name.startswith("orthofast.") and name.rpartition(".")[2] == last]
+    known = [name for name, entry in domain.objects.items() if name.startswith("orthofast.") and not entry.aliased]
+    homes = [name for name in known if name.rpartition(".")[2] == last]
     if not target.startswith("orthofast.") or len(homes) != 1:
         return None
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", homes[0], node, shown)
