@@ -29,6 +29,7 @@ from orthofast.commands.exits import INTERRUPTED, PARTIAL, exit_codes, say
 from orthofast.commands.terminal import console, line
 from orthofast.errors import InputError
 from orthofast.lab.data import read
+from orthofast.lab.earlier import with_earlier
 from orthofast.lab.experiment import Absent, Experiment, Settings
 from orthofast.lab.page import number, write_summary
 from orthofast.lab.registry import find
@@ -99,7 +100,7 @@ def lab(
             raise typer.Exit(INTERRUPTED) from None
         if models and outcomes[0].verdict.status in (FAILED, NOT_RUN):
             raise InputError(outcomes[0].verdict.note)
-        write_summary(outcomes, settings, out)
+        write_summary(with_earlier(outcomes, settings, out), settings, out)
         print_outcomes(outcomes)
         line(f"{out / 'index.html'}")
         if any(one.verdict.status == FAILED for one in outcomes):

@@ -151,7 +151,10 @@ def _by_depth_figure(raws: Sequence[Raw], starts: Sequence[str]) -> Figure:
         return Panel("depth, linear layers", title, series, y_log=log)
 
     return Figure(
-        [panel("gap", "gap of the logits before training", False), panel("loss", f"loss (nats), last {LAST} steps", True)],
+        [
+            panel("gap", "gap of the logits before training", False),
+            panel("loss", f"loss (nats), last {LAST} steps", True),
+        ],
         "Perceptrons with ReLU trained by SGD.",
     )
 
