@@ -59,7 +59,7 @@ def gallery(sources: Path) -> Gallery:
         judged = recorded.judge(record)
         drawn = draw(record.key, judged.values(), sources / FIGURES)
         for identifier, one in judged.items():
-            shown[identifier][place] = Shown(record.name, one, drawn[identifier])
+            shown[identifier][place] = Shown(record.name if one.experiment.needs else "", one, drawn[identifier])
     return Gallery(records, shown)
 
 

@@ -32,7 +32,7 @@ class Shown:
     """A recorded experiment of one data set.
 
     Attributes:
-        data: its name for people.
+        data: its name for people; empty where the experiment takes none.
         judged: numbers and verdict.
         drawings: by theme.
     """
@@ -46,6 +46,11 @@ class Shown:
         """How many, in words."""
         count = len(self.judged.run.seeds)
         return "1 seed" if count == 1 else f"{count} seeds"
+
+    @property
+    def on(self) -> str:
+        """Such as " on digits", after a verdict."""
+        return f" on {self.data}" if self.data else ""
 
 
 def section_of(entry: Experiment | Absent, shown: Sequence[Shown]) -> nodes.section:
@@ -63,7 +68,7 @@ def section_of(entry: Experiment | Absent, shown: Sequence[Shown]) -> nodes.sect
         line += [status_of(NOT_RUN), nodes.Text(f": {entry.reason}.")]
     for one in shown:
         line += nodes.Text(" · ") if len(line) else []
-        line += [status_of(one.judged.verdict.status), nodes.Text(f" on {one.data}, {one.seeds}")]
+        line += [status_of(one.judged.verdict.status), nodes.Text(f"{one.on}, {one.seeds}")]
     if isinstance(entry, Experiment) and not shown:
         line += status_of(UNRECORDED)
     made += [line, nodes.paragraph("", entry.claim)]
@@ -74,7 +79,7 @@ def section_of(entry: Experiment | Absent, shown: Sequence[Shown]) -> nodes.sect
     made += [_soft(note) for note in dict.fromkeys(one.judged.verdict.note for one in shown) if note]
     made += [_soft(f"Here: {size}") for size in dict.fromkeys(one.judged.run.size for one in shown) if size]
     deciding, others = _rows(shown, deciding=True), _rows(shown, deciding=False)
-    heads = ["what", "published", *(f"{one.data}, {one.seeds}" for one in shown)]
+    heads = ["what", "published", *(f"{one.data or 'measured'}, {one.seeds}" for one in shown)]
     if deciding:
         made += table("lab-numbers lab-conditions", [*heads[:2], "needed", *heads[2:]], deciding)
     if others:
@@ -113,11 +118,11 @@ def overview_row(entry: Experiment | Absent, columns: Sequence[Shown | None]) ->
     verdicts: list[nodes.Node] = []
     for one in recorded:
         verdicts.append(status_of(one.judged.verdict.status))
-        verdicts += [_below(f"on {one.data}")] if several else []
+        verdicts += [_below(one.on)] if several and one.data else []
     verdicts = verdicts or [status_of(NOT_RUN if isinstance(entry, Absent) else UNRECORDED)]
     if first is None:
         return [what, verdicts, [nodes.Text(NOTHING)], [nodes.Text(NOTHING)]]
-    needed = _below(f"needed {first.needed}" + (f", on {recorded[0].data}" if several else ""))
+    needed = _below(f"needed {first.needed}" + (f",{recorded[0].on}" if several and recorded[0].data else ""))
     return [what, verdicts, [_number(first), needed], [nodes.Text(number(first.published))]]
 
 
@@ -221,7 +226,7 @@ def _image(entry: Experiment, shown: Shown, theme: str) -> ThemedImage:
     held = f"{sum(bool(check.holds) for check in checks)} of {len(checks)} conditions hold"
     return ThemedImage(
         uri=str(drawing.file),
-        alt=f"{entry.id} on {shown.data}: {entry.title}. {held}.",
+        alt=f"{entry.id}{shown.on}: {entry.title}. {held}.",
         width=str(drawing.width),
         height=str(drawing.height),
         classes=[f"only-{theme}"],

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def record() -> Record:
     raw = plain(RUNNABLE[CLOSED_FORM].run(Settings()))
     status = RUNNABLE[CLOSED_FORM].verdict([raw]).status
     return Record(ABOUT, {CLOSED_FORM: Run([0], 1.2, "a <b>small</b> size", status, [raw])})
+
+
+@pytest.fixture
+def _reads_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experiment as if it read data."""
+    entry = replace(RUNNABLE[CLOSED_FORM], needs=("digits", "mnist"))
+    monkeypatch.setattr(recorded, "RUNNABLE", RUNNABLE | {CLOSED_FORM: entry})
 
 
 @pytest.fixture
@@ -79,7 +87,7 @@ def test_a_recorded_experiment_has_its_verdict_numbers_and_both_figures(build: B
     section = ridge[ridge.index('id="s3-f1"') : ridge.index('<span class="pre">S3-F1</span>')]
     assert f"{CLOSED_FORM}: {entry.title}" in section
     assert entry.claim in section
-    assert "✓ reproduced</span> on digits, 1 seed" in section
+    assert "✓ reproduced</span>, 1 seed" in section
     assert "Here: a &lt;b&gt;small&lt;/b&gt; size" in section
     checks = entry.verdict(recorded.read(tmp_path / "manual" / "results" / "lab-digits.json").runs[CLOSED_FORM].raws)
     assert [check.what in section for check in checks.checks] == [True] * len(checks.checks)
@@ -127,10 +135,11 @@ def test_figures_are_drawn_again_only_where_they_change(
     assert drawn == []
     run = record.runs[CLOSED_FORM]
     more = Record(ABOUT, {CLOSED_FORM: Run([0, 1], 1.2, "", run.status, run.raws * 2)})
-    assert "on digits, 2 seeds" in build(more)["ridge"]
+    assert "✓ reproduced</span>, 2 seeds" in build(more)["ridge"]
     assert len(drawn) == 1  # the dark one is the light one in other colours
 
 
+@pytest.mark.usefixtures("_reads_data")
 def test_a_second_data_set_stands_beside_the_first(build: Build, record: Record) -> None:
     pages = build(record, Record(ABOUT | {"data": "mnist"}, record.runs))
     assert "✓ reproduced</span> on digits, 1 seed · " in pages["ridge"]
@@ -144,7 +153,7 @@ def test_a_changed_number_turns_the_verdict_on_the_pages(build: Build, record: R
     run = record.runs[CLOSED_FORM]
     raw = run.raws[0] | {"formula_error": 0.1}
     pages = build(Record(ABOUT, {CLOSED_FORM: Run([0], 1.2, "", run.status, [raw])}))
-    assert "✗ not reproduced</span> on digits" in pages["ridge"]
+    assert "✗ not reproduced</span>, 1 seed" in pages["ridge"]
     assert "✗ does not hold" in pages["ridge"]
     assert "✗ not reproduced" in pages["index"]
 
