@@ -250,7 +250,11 @@ CASES: list[tuple[Judge, Callable[[], Raw], list[tuple[Place, object]]]] = [
             (("random", "merged", 4), 0.05),
         ],
     ),
-    (table5.verdict, models, [(("bert", "largest"), 3.0), (("bert", "largest"), None)]),
+    (
+        table5.verdict,
+        models,
+        [(("bert", "largest"), 3.0), (("bert", "largest"), None), (("bert", "paper", "Query", 1), 0.2)],
+    ),
     (
         independence_beyond.verdict_drift,
         drift,
