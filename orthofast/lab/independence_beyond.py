@@ -18,14 +18,16 @@ from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import accuracy, batches, fit, optimizer_for
+from orthofast.lab.missing import largest, mean, minus, times
 from orthofast.lab.nets import NormalizedResidualMLP
-from orthofast.lab.verdict import Check, Verdict, above, below, judge, less, shown
+from orthofast.lab.verdict import Check, Number, Verdict, below, judge, less, shown
 from orthofast.metrics import conformal_drift, isotropic_baseline, pii
 from orthofast.training import pii_loss
 
 RATES = {
     "sgd": 0.1,
     "fast sgd": 0.2,
+    "unstable sgd": 0.5,
     "momentum": 0.02,
     "adam": 1e-3,
     "slow adam": 1e-4,
@@ -36,6 +38,7 @@ RATES = {
 LABELS = {
     "sgd": "SGD",
     "fast sgd": "SGD, twice the rate",
+    "unstable sgd": "SGD, five times the rate",
     "momentum": "SGD, momentum",
     "adam": "Adam",
     "slow adam": "Adam, a tenth of the rate",
@@ -43,6 +46,7 @@ LABELS = {
     "rmsprop": "RMSprop",
     "muon": "Muon",
 }
+JUDGED, AGAINST = ("sgd", "fast sgd"), ("adam", "slow adam", "adamw", "rmsprop")
 STOP, WINDOW = 0.1, 10  # training loss (nats), mean of so many steps
 MOST = 6000  # updates, if it is not reached
 WIDTHS = {"small": (50, 100, 200, 400), "paper": (125, 250, 500, 1000)}
@@ -66,8 +70,8 @@ def until_loss(data: Images, name: str, rate: float, *, width: int, most: int, s
 
     Args:
         data: flat images.
-        name: of the optimiser, with "slow " or "fast " before it or not; "muon" orthogonalises the updates of the
-            hidden matrices, the rest has Adam.
+        name: of the optimiser, behind a word on its rate or not, as in "slow adam"; "muon" orthogonalises the updates
+            of the hidden matrices, the rest has Adam.
         rate: its learning rate.
         width: of the hidden layers.
         most: updates after which it stops in any case.
@@ -160,16 +164,18 @@ def penalized(data: Images, weight: float, *, width: int, steps: int, seed: int)
 
 def verdict_drift(raws: Sequence[Raw]) -> Verdict:
     """At equal training loss SGD has turned angles less than the adaptive optimisers, both at two rates."""
-    reached = [max(raw[name]["loss"] for name in RATES) for raw in raws]
-    checks: list[Check] = [below("largest training loss at the end (nats)", reached, STOP)]
-    drifts = {name: [_mean(raw[name]["drift"]) for raw in raws] for name in RATES}
-    for ours in ("sgd", "fast sgd"):
-        for name in ("adam", "slow adam", "adamw", "rmsprop"):
+    reached = [largest([raw[name]["loss"] for name in (*JUDGED, *AGAINST)]) for raw in raws]
+    checks: list[Check] = [below("largest training loss at the end of those that are judged (nats)", reached, STOP)]
+    drifts = {name: [mean(raw[name]["drift"]) for raw in raws] for name in RATES}
+    for ours in JUDGED:
+        for name in AGAINST:
             what = f"conformal drift, {LABELS[ours]} minus {LABELS[name]}"
             checks.append(less(what, drifts[ours], drifts[name], "SGD is more conformal"))
         for name in ("momentum", "muon"):
-            apart = [one - other for one, other in zip(drifts[ours], drifts[name], strict=True)]
+            apart = [minus(one, other) for one, other in zip(drifts[ours], drifts[name], strict=True)]
             checks.append(shown(f"conformal drift, {LABELS[ours]} minus {LABELS[name]}", apart))
+    apart = [minus(one, other) for one, other in zip(drifts["unstable sgd"], drifts["adam"], strict=True)]
+    checks.append(shown(f"conformal drift, {LABELS['unstable sgd']} minus {LABELS['adam']}", apart))
     for name, label in LABELS.items():
         checks.append(shown(f"{label}: conformal drift", drifts[name]))
         checks.append(shown(f"{label}: PII after", [raw[name]["pii"][1] for raw in raws]))
@@ -179,9 +185,10 @@ def verdict_drift(raws: Sequence[Raw]) -> Verdict:
     return judge(
         checks,
         f"All stop at a training loss of {STOP} nats. Muon: orthogonalised updates of the hidden matrices, Adam for "
-        "the rest. Theorem 2 names no learning rate, so SGD and Adam have two. Momentum and Muon are shown, not "
-        "judged. At 0.5 SGD is unstable: on digits, seeds 0 and 1, its drift was .060 and .095 against .089 of Adam, "
-        "and with seed 2 it diverged.",
+        "the rest. Theorem 2 names no learning rate, so SGD and Adam have two. SGD at 0.5 was tried first, as the "
+        "second rate: it turned angles more than Adam in one seed and diverged in another, so 0.2 was taken after its "
+        "numbers were seen; it stays beside as information, like momentum and Muon. A dash is a number that a seed "
+        "lacks because its network diverged.",
     )
 
 
@@ -202,14 +209,14 @@ def verdict_widths(raws: Sequence[Raw]) -> Verdict:
 
 def verdict_penalty(raws: Sequence[Raw]) -> Verdict:
     """Some weight brings PII below the isotropic baseline's at no loss of accuracy."""
-    free = [min((run for run in raw["runs"] if _keeps(raw, run)), key=lambda run: run["cols"]) for raw in raws]
+    free = [_least_pii([run for run in raw["runs"] if _keeps(raw, run)]) for raw in raws]
     plain = [raw["runs"][0] for raw in raws]
-    percent = [100 * (one["accuracy"] - other["accuracy"]) for one, other in zip(free, plain, strict=True)]
+    percent = [times(100, minus(one["accuracy"], other["accuracy"])) for one, other in zip(free, plain, strict=True)]
     columns = [run["cols"] for run in free]
     checks = [
         below("least column PII among weights that keep accuracy", columns, raws[0]["baseline"]),
         less("that PII minus the one without penalty", columns, [run["cols"] for run in plain]),
-        above("test accuracy at that weight minus without (%)", percent, -ALLOWED - 1e-9),
+        shown("test accuracy at that weight minus without (%)", percent),
     ]
     for place, weight in enumerate(PENALTIES):
         runs = [raw["runs"][place] for raw in raws]
@@ -219,26 +226,24 @@ def verdict_penalty(raws: Sequence[Raw]) -> Verdict:
             ("loss", 1, "training loss (nats)"),
             ("accuracy", 100, "test accuracy (%)"),
         ):
-            checks.append(shown(f"weight {weight:g}: {what}", [factor * run[field] for run in runs]))
+            checks.append(shown(f"weight {weight:g}: {what}", [times(factor, run[field]) for run in runs]))
     return judge(checks, f"A weight keeps accuracy if it costs at most {ALLOWED} % of the test images.")
 
 
 def _drawn_drift(raws: Sequence[Raw]) -> Figure:
     names = list(LABELS.values())
 
-    def bars(pick: Callable[[Raw], float]) -> list[Series]:
+    def bars(pick: Callable[[Raw], Number]) -> list[Series]:
         return [Series("at equal loss", names, [[pick(raw[name]) for name in LABELS] for raw in raws])]
 
     return Figure(
         [
             Panel(
-                "optimiser", "conformal drift, mean |change of cos|", bars(lambda one: _mean(one["drift"])), kind="bars"
+                "optimiser", "conformal drift, mean |change of cos|", bars(lambda one: mean(one["drift"])), kind="bars"
             ),
-            Panel("optimiser", "PII after", bars(lambda one: float(one["pii"][1])), kind="bars"),
-            Panel("optimiser", "updates until then", bars(lambda one: float(one["steps"])), kind="bars"),
-            Panel(
-                "optimiser", "change over weight (norms)", bars(lambda one: float(one["relative_change"])), kind="bars"
-            ),
+            Panel("optimiser", "PII after", bars(lambda one: one["pii"][1]), kind="bars"),
+            Panel("optimiser", "updates until then", bars(lambda one: one["steps"]), kind="bars"),
+            Panel("optimiser", "change over weight (norms)", bars(lambda one: one["relative_change"]), kind="bars"),
         ],
         f"Columns of three hidden layers; every optimiser stops at a training loss of {STOP} nats.",
     )
@@ -265,7 +270,7 @@ def _drawn_penalty(raws: Sequence[Raw]) -> Figure:
 
     def bars(fields: Mapping[str, str], factor: float = 1) -> list[Series]:
         return [
-            Series(label, names, [[factor * run[field] for run in raw["runs"]] for raw in raws])
+            Series(label, names, [[times(factor, run[field]) for run in raw["runs"]] for raw in raws])
             for field, label in fields.items()
         ]
 
@@ -295,8 +300,15 @@ def _optimizers(model: NormalizedResidualMLP, name: str, rate: float) -> list[to
     return [torch.optim.Muon(hidden, lr=rate, weight_decay=0.0), torch.optim.Adam(rest, lr=1e-3)]
 
 
-def _keeps(raw: Raw, run: Mapping[str, float]) -> bool:
-    return 100 * (run["accuracy"] - float(raw["runs"][0]["accuracy"])) >= -ALLOWED
+def _keeps(raw: Raw, run: Raw) -> bool:
+    lost = minus(raw["runs"][0]["accuracy"], run["accuracy"])
+    return lost is not None and 100 * lost <= ALLOWED + 1e-9  # accuracies are rounded fractions
+
+
+def _least_pii(runs: Sequence[Raw]) -> Raw:
+    """The run of the least column PII; one without numbers where none has any."""
+    known = [run for run in runs if run["cols"] is not None]
+    return min(known, key=lambda run: float(run["cols"]), default={"cols": None, "accuracy": None})
 
 
 def _recent(losses: Sequence[float]) -> float:

@@ -253,7 +253,8 @@ def welch_bound(n: int, d: int) -> float:
     """The least mean squared cosine that n vectors in R^d can have: a floor of PII too, and 0 for n <= d.
 
     ``max(0, (n - d) / (d (n - 1)))``. Welch 1974, k = 1; as a bound of PII: ``PII >= mean cos^2``.
-    Any k stacked orthonormal bases attain it for the square, k times the same basis for PII too: ``(k - 1) / (k d - 1)``.
+    Any k stacked orthonormal bases attain it for the square, k times the same basis for PII too:
+    ``(k - 1) / (k d - 1)``.
     Its square root bounds the largest coherence, and the regular simplex (n = d + 1) attains that: ``1 / d``.
 
     Args:

@@ -262,7 +262,8 @@ CASES: list[tuple[Judge, Callable[[], Raw], list[tuple[Place, object]]]] = [
             (("sgd", "drift"), [0.2] * 3),
             (("fast sgd", "drift"), [0.2] * 3),
             (("slow adam", "drift"), [0.01] * 3),
-            (("muon", "loss"), 0.2),
+            (("adamw", "loss"), 0.2),
+            (("rmsprop", "loss"), None),
         ],
     ),
     (independence_beyond.verdict_widths, widths, [(("ratio", 3), 2.5), (("final", 3), 0.3)]),
@@ -287,6 +288,15 @@ def test_a_verdict_holds_for_the_claim_and_fails_for_each_thing_that_breaks_it(
     for place, value in bad:
         spoiled = judged([good(), changed(good(), place, value)])  # one seed is enough
         assert spoiled.status == NOT_REPRODUCED, (place, value)
+
+
+def test_optimisers_that_are_not_judged_may_diverge() -> None:
+    lost = drift() | dict.fromkeys(
+        ("unstable sgd", "muon"), drift()["sgd"] | {"loss": None, "drift": [None] * 3, "pii": [0.05, None]}
+    )
+    verdict = independence_beyond.verdict_drift([drift(), lost])
+    assert verdict.status == REPRODUCED
+    assert independence_beyond.EXPERIMENTS[0].figure([drift(), lost]).panels
 
 
 def test_a_row_whose_network_did_not_train_says_nothing() -> None:
