@@ -60,7 +60,7 @@ def axis_of(
     (1, 2, 3)
     """
     shown = sorted({*values, 0.0}) if zero and not log else sorted(set(values))
-    if not shown:
+    if not shown or (zero and shown == [0.0]):  # bars of no height
         shown = [1.0, 10.0] if log else [0.0, 1.0]
     low, high = (math.log10(shown[0]), math.log10(shown[-1])) if log else (shown[0], shown[-1])
     room = (high - low) * margin if high > low else 0.15 if log else 0.1 * abs(high) or 1.0

@@ -6,7 +6,6 @@ the derivative of the mean loss.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional
 from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
+from orthofast.lab.missing import mean
 from orthofast.lab.nets import mlp
 from orthofast.lab.verdict import Verdict, above, between, judge, less, shown
 from orthofast.metrics import (
@@ -156,7 +156,7 @@ def _verdict1(raws: Sequence[Raw]) -> Verdict:
 
 def _drawn1(raws: Sequence[Raw]) -> Figure:
     lambdas = [Series(f"{kind}, blocks", raws[0]["layer"], [raw[kind]["lambda"] for raw in raws]) for kind in KINDS]
-    levels = [(f"whole, {kind}", statistics.fmean(raw[kind]["lambda_full"] for raw in raws)) for kind in KINDS]
+    levels = [(f"whole, {kind}", mean([raw[kind]["lambda_full"] for raw in raws])) for kind in KINDS]
     panels = [Panel("layer k", "largest eigenvalue of F_k", lambdas, y_log=True, levels=levels)]
     whole = [Series(f"{kind}, whole", SHARES_F, [raw[kind]["kappa_full"] for raw in raws]) for kind in KINDS]
     panels.append(Panel("share p of the eigenvalues", "κ_p", whole, title="whole Fisher matrix", y_log=True))

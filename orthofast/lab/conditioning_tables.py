@@ -27,6 +27,7 @@ from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import batches
 from orthofast.lab.independence_parts import digit_pairs
+from orthofast.lab.missing import over
 from orthofast.lab.nets import initialize_
 from orthofast.lab.resnets import cifar_resnet
 from orthofast.lab.verdict import Check, Number, Verdict, above, below, judge, less, ordered, shown
@@ -330,7 +331,7 @@ def _verdict1b(raws: Sequence[Raw]) -> Verdict:
     deepest = len(raws[0]["blocks"]) - 1
 
     def of_guessing(net: str) -> list[Number]:
-        return [None if raw[net][-1]["error"] is None else raw[net][-1]["error"] / raw["guessing"] for raw in raws]
+        return [over(raw[net][-1]["error"], raw["guessing"]) for raw in raws]
 
     what = f"{_label(raws[0], deepest)}: test error over that of guessing"
     checks = [

@@ -12,7 +12,8 @@ from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import batches
-from orthofast.lab.verdict import Verdict, between, judge, less, shown
+from orthofast.lab.missing import largest, least, minus, over
+from orthofast.lab.verdict import Number, Verdict, between, judge, less, shown
 from orthofast.training import representation_gaps
 
 GAP_LAYERS = 30
@@ -58,7 +59,7 @@ def _verdict6(raws: Sequence[Raw]) -> Verdict:
     checks = []
     for kind, said in (("perceptron", ("about .70 to .19", "about .70 to .93")), ("convolutional", ("falls", "rises"))):
         bn, vanilla = ([raw[f"{kind}, {name}"] for raw in raws] for name in ("BN", "vanilla"))
-        moves = [(max(trace[10:]) - min(trace[10:])) / (trace[0] - trace[10]) for trace in bn]
+        moves = [over(minus(largest(trace[10:]), least(trace[10:])), minus(trace[0], trace[10])) for trace in bn]
         checks += [
             less(f"{kind}: gap with BN, layer 5 minus input", _at(bn, 5), _at(bn, 0), f"{said[0]} (image)"),
             between(f"{kind}: range over layers 10 to 30 as share of the fall before", moves, 0, 0.25, "stays (image)"),
@@ -73,7 +74,7 @@ def _verdict6(raws: Sequence[Raw]) -> Verdict:
     return judge(checks, "The public notebook of this figure bears the number 5.")
 
 
-def _at(traces: Sequence[Sequence[float]], index: int) -> list[float]:
+def _at(traces: Sequence[Sequence[Number]], index: int) -> list[Number]:
     return [trace[index] for trace in traces]
 
 

@@ -34,6 +34,7 @@ from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import batches, fit, optimizer_for
+from orthofast.lab.missing import mean, over
 from orthofast.lab.modern_nets import NORMALIZATIONS, PER_SAMPLE, cosine_map, plain_perceptron, residual_perceptron
 from orthofast.lab.verdict import Check, Number, Verdict, below, between, judge, less, shown
 from orthofast.metrics import cosine_matrix, gap_bounds, stationary_gap
@@ -185,7 +186,7 @@ def verdict_plain(raws: Sequence[Raw]) -> Verdict:
     inputs = [raw["input"] for raw in raws]
     checks: list[Check] = [shown("V of the input", inputs), shown("cap of rank one", [raw["cap"] for raw in raws])]
     deep = [_half(raw["linear"]["batch norm"]) for raw in raws]
-    ratio = [statistics.fmean(one) / raw["stationary"] if one else None for one, raw in zip(deep, raws, strict=True)]
+    ratio = [over(mean(one), raw["stationary"]) for one, raw in zip(deep, raws, strict=True)]
     settled = [max(one) - min(one) if one else None for one in (_half(raw["relu"]["batch norm"]) for raw in raws)]
     checks += [
         shown("linear, batch norm: stationary level by theory", [raw["stationary"] for raw in raws]),

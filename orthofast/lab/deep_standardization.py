@@ -30,6 +30,7 @@ from orthofast.lab.deep_training import DEPTHS, LAST, STARTS, logit_gap, percept
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import batches, fit, optimizer_for
+from orthofast.lab.missing import over
 from orthofast.lab.modern_nets import RELU_GAIN, StandardizedLinear, clip_gradients_
 from orthofast.lab.verdict import Number, Verdict, above, judge, less, shown
 
@@ -131,7 +132,7 @@ def verdict(raws: Sequence[Raw]) -> Verdict:
     def deep(arm: str, key: str) -> list[Number]:
         return [raw[arm][-1][key] for raw in raws]
 
-    half = [raw["guessing"] / 2 for raw in raws]
+    half = [over(raw["guessing"], 2) for raw in raws]
     depth = raws[0]["depth"][-1]
     losses = {arm: deep(arm, "loss") for arm in ARMS}
     gaps = {arm: deep(arm, "hidden_gap") for arm in ARMS}

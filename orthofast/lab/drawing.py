@@ -165,7 +165,7 @@ def _panel(panel: Panel, looks: dict[str, _Look], wide: int) -> Spec:
     kind = _kind(panel)
     rows = [_rows(one, panel) for one in panel.series]
     known = [value for part in rows for row in part if row["y"] is not None for value in (row["low"], row["high"])]
-    known += [y for _, y in panel.levels if not panel.y_log or y > SMALLEST]
+    known += [height for _, height in _heights(panel)]
     y = axis_of(known, log=panel.y_log, zero=kind == "bars", length=HEIGHT)
     width = float(wide)
     if kind == "lines":
@@ -267,9 +267,7 @@ def _levels(panel: Panel, axis: Axis, axes: dict[str, Spec]) -> list[Spec]:
     """Horizontal lines with names at their end, which are moved apart where they would touch."""
     layers: list[Spec] = []
     edge = math.inf
-    for index, (name, y) in enumerate(sorted(panel.levels, key=lambda level: level[1])):
-        if axis.log and y <= SMALLEST:
-            continue
+    for index, (name, y) in enumerate(_heights(panel)):
         source = {"values": [{"y": y, "name": name}]}
         rule = {"type": "rule", "strokeDash": DASHES[2 + index % 3], "color": LIGHT["soft"], "strokeWidth": 1.4}
         layers.append({"data": source, "mark": rule, "encoding": {"y": axes["y"]}})
@@ -279,6 +277,12 @@ def _levels(panel: Panel, axis: Axis, axes: dict[str, Spec]) -> list[Spec]:
         spot = {"x": "width", "dx": 5, "y": at}
         layers.append({"data": source, "mark": text | spot, "encoding": {"text": {"field": "name", "type": "nominal"}}})
     return layers
+
+
+def _heights(panel: Panel) -> list[tuple[str, float]]:
+    """Levels that can be drawn, lowest first."""
+    known = [(name, y) for name, y in panel.levels if y is not None and math.isfinite(y)]
+    return sorted((level for level in known if not panel.y_log or level[1] > SMALLEST), key=lambda level: level[1])
 
 
 def _grouped(rows: list[list[dict[str, Any]]], names: list[str], step: float) -> list[list[dict[str, Any]]]:

@@ -44,7 +44,7 @@ class Panel:
         x_log: logarithmic axis.
         y_log: the same.
         points: draw points on lines; leave them out for long series.
-        levels: horizontal lines, such as a theory's value: (name, y).
+        levels: horizontal lines, such as a theory's value: (name, y); none is drawn for None.
         rows: title of the vertical axis of cells, where ``y`` is that of the shades.
 
     Raises:
@@ -59,7 +59,7 @@ class Panel:
     x_log: bool = False
     y_log: bool = False
     points: bool = True
-    levels: Sequence[tuple[str, float]] = field(default_factory=tuple)
+    levels: Sequence[tuple[str, float | None]] = field(default_factory=tuple)
     rows: str = ""
 
     def __post_init__(self) -> None:

@@ -16,8 +16,9 @@ from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import accuracy, fit, optimizer_for
+from orthofast.lab.missing import least, mean, minus, times
 from orthofast.lab.nets import NormalizedResidualMLP
-from orthofast.lab.verdict import Check, Verdict, above, judge, less, ordered, shown
+from orthofast.lab.verdict import Check, Number, Verdict, above, judge, less, ordered, shown
 from orthofast.metrics import pii
 
 ARMS = {  # of the ablation: batch normalisation, shortcuts
@@ -158,7 +159,7 @@ def verdict3(raws: Sequence[Raw]) -> Verdict:
         theirs = gained(row.printed, 0)
         checks.append(less(f"{name}: PII of Norm_Res minus Original", norm_res, original, theirs))
         original, norm_res = (values_of(raws, name, arm, "accuracy") for arm in BOTH)
-        more = [100 * (both - without) for both, without in zip(norm_res, original, strict=True)]
+        more = [times(100, minus(both, without)) for both, without in zip(norm_res, original, strict=True)]
         what = f"{name}: test accuracy of Norm_Res minus Original (%)"
         checks.append(above(what, more, -ALLOWED, gained(row.printed, 1)))
     for arm in BOTH:
@@ -168,7 +169,9 @@ def verdict3(raws: Sequence[Raw]) -> Verdict:
     for arm in BOTH:
         others = [name for name in ROWS3 if name != "GELU, SGD"]
         rows = zip(*(values_of(raws, name, arm, "pii") for name in others), strict=True)
-        apart = [one - min(row) for one, row in zip(values_of(raws, "GELU, SGD", arm, "pii"), rows, strict=True)]
+        apart = [
+            minus(one, least(row)) for one, row in zip(values_of(raws, "GELU, SGD", arm, "pii"), rows, strict=True)
+        ]
         theirs = round(ROWS3["GELU, SGD"].printed[arm][0] - min(ROWS3[name].printed[arm][0] for name in others), 3)
         checks.append(shown(f"{arm}: PII with SGD minus the least with Adam, any activation", apart, theirs))
     for name, row in ROWS3.items():
@@ -190,8 +193,8 @@ def verdict_appendix4(raws: Sequence[Raw]) -> Verdict:
     theirs = round(min(later - earlier for earlier, later in pairwise(steps)), 3)
     checks = [ordered(f"mean PII, {' < '.join(order)}", [values[arm] for arm in order], theirs)]
     shared = [[raw[shared_name(arm)]["pii"] for arm in order] for raw in raws]
-    least = [min(later - earlier for earlier, later in pairwise(row)) for row in shared]
-    checks.append(shown("the same with one batch normalisation for all layers: smallest step", least, theirs))
+    smallest = [least([minus(later, earlier) for earlier, later in pairwise(row)]) for row in shared]
+    checks.append(shown("the same with one batch normalisation for all layers: smallest step", smallest, theirs))
     checks.append(
         shown("hidden layers in which the order holds (fraction)", [_in_order(raw, order) for raw in raws], 1)
     )
@@ -201,7 +204,7 @@ def verdict_appendix4(raws: Sequence[Raw]) -> Verdict:
         for layer, number in enumerate(printed):
             measured = [raw[arm]["layers"][layer] for raw in raws]
             checks.append(shown(f"{arm}, hidden layer {layer + 1}: PII", measured, number))
-        checks.append(shown(f"{arm}: test accuracy (%)", [100 * raw[arm]["accuracy"] for raw in raws]))
+        checks.append(shown(f"{arm}: test accuracy (%)", [times(100, raw[arm]["accuracy"]) for raw in raws]))
     return judge(checks, NOISY)
 
 
@@ -210,7 +213,9 @@ def _drawn3(raws: Sequence[Raw]) -> Figure:
     for field, title, factor, place in (("pii", "PII", 1, 0), ("accuracy", "test accuracy (%)", 100, 1)):
         series = []
         for arm in BOTH:
-            series.append(Series(arm, names, [[factor * raw[name][arm][field] for name in names] for raw in raws]))
+            series.append(
+                Series(arm, names, [[times(factor, raw[name][arm][field]) for name in names] for raw in raws])
+            )
             printed = [row.printed[arm][place] for row in ROWS3.values()]
             series.append(Series(f"{arm}, published", names, [printed], published=True))
         panels.append(Panel("activation, optimiser", title, series, kind="bars" if factor == 1 else "dots"))
@@ -245,9 +250,9 @@ def _layers(model: NormalizedResidualMLP) -> list[float]:
     return [float(pii(layer.get_parameter("weight").detach(), vectors="cols").item()) for layer in model.hidden]
 
 
-def values_of(raws: Sequence[Raw], row: str, arm: str, field: str) -> list[float]:
+def values_of(raws: Sequence[Raw], row: str, arm: str, field: str) -> list[Number]:
     """One number a seed."""
-    return [float(raw[row][arm][field]) for raw in raws]
+    return [raw[row][arm][field] for raw in raws]
 
 
 def gained(printed: Printed, place: int) -> float:
@@ -262,15 +267,16 @@ def printed_numbers(raws: Sequence[Raw], row: str, printed: Printed, field: str)
         values = [raw[row][arm][field] for raw in raws]
         values = [value[0] if isinstance(value, list) else value for value in values]
         checks.append(shown(f"{row}, {arm}: PII{'' if field == 'pii' else ' of stage 1'}", values, printed[arm][0]))
-        percent = [100 * value for value in values_of(raws, row, arm, "accuracy")]
+        percent = [times(100, value) for value in values_of(raws, row, arm, "accuracy")]
         checks.append(shown(f"{row}, {arm}: test accuracy (%)", percent, printed[arm][1]))
     return checks
 
 
-def _in_order(raw: Raw, order: Sequence[str]) -> float:
+def _in_order(raw: Raw, order: Sequence[str]) -> float | None:
     """Of the hidden layers the fraction in which PII rises along the order."""
     layers = zip(*(raw[arm]["layers"] for arm in order), strict=True)
-    return _mean([float(all(one < other for one, other in pairwise(values))) for values in layers])
+    steps = [least([minus(later, earlier) for earlier, later in pairwise(values)]) for values in layers]
+    return mean([None if step is None else float(step > 0) for step in steps])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -28,6 +28,7 @@ from orthofast.lab.independence_optimizers import (
     matched,
 )
 from orthofast.lab.independence_parts import digit_pairs
+from orthofast.lab.missing import least, times
 from orthofast.lab.nets import ConvNet, constant_
 from orthofast.lab.verdict import Check, Verdict, judge, less, shown
 from orthofast.metrics import pii
@@ -147,7 +148,7 @@ def verdict2(raws: Sequence[Raw], published: Published = PUBLISHED2) -> Verdict:
             less(
                 f"conv{layer + 1}: |change| under SGD minus the least of the others",
                 ours["sgd"],
-                [min(ours[name][seed] for name in ADAPTIVE) for seed in range(len(raws))],
+                [least([ours[name][seed] for name in ADAPTIVE]) for seed in range(len(raws))],
                 round(theirs["sgd"] - min(theirs[name] for name in ADAPTIVE), 3),
             )
         )
@@ -157,7 +158,7 @@ def verdict2(raws: Sequence[Raw], published: Published = PUBLISHED2) -> Verdict:
         for layer in range(3):
             changes = [change_of(raw[name], layer) for raw in scripts]
             checks.append(shown(f"{LABELS[name]}, conv{layer + 1}: |change| with the script's BN", changes))
-        percent = [100 * raw[name]["accuracy"] for raw in scripts]
+        percent = [times(100, raw[name]["accuracy"]) for raw in scripts]
         checks.append(shown(f"{LABELS[name]}: test accuracy with the script's BN (%)", percent))
     return judge(
         checks,

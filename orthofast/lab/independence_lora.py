@@ -18,6 +18,7 @@ from orthofast.errors import MissingPackageError
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.independence_parts import TinyTransformer, fit_text, markov_text
+from orthofast.lab.missing import distance, largest, mean, over
 from orthofast.lab.verdict import Verdict, above, below, judge, less, shown
 from orthofast.metrics import isotropic_baseline, pii
 from orthofast.scan import scan_checkpoint
@@ -147,9 +148,9 @@ def verdict(raws: Sequence[Raw]) -> Verdict:
     for role in ROLES:
         before, after = PUBLISHED[role]
         theirs = round(after / before - 1, 2)
-        change = [abs(raw["lora"]["pii"][role] / raw["base"]["pii"][role] - 1) for raw in raws]
+        change = [_change(raw, "lora", role) for raw in raws]
         checks.append(below(f"{role}: relative change of PII by LoRA", change, SMALL_CHANGE, theirs))
-    first, last = ([float(raw["lora"][field]) for raw in raws] for field in ("loss_before", "loss"))
+    first, last = ([raw["lora"][field] for raw in raws] for field in ("loss_before", "loss"))
     checks.append(less("loss on the new chain (nats): after LoRA minus before", last, first))
     for name, label in TUNED.items():
         sizes = [raw[name]["relative_change"] for raw in raws]
@@ -161,7 +162,7 @@ def verdict(raws: Sequence[Raw]) -> Verdict:
     checks.append(shown("row PII of LoRA's updates alone", [raw["delta_pii"] for raw in raws]))
     checks.append(shown(f"isotropic baseline of length {RANK}", [raw["delta_baseline"] for raw in raws]))
     at = {
-        size: [raw["random"]["merged"][place] / raw["random"]["base"] for raw in raws]
+        size: [over(raw["random"]["merged"][place], raw["random"]["base"]) for raw in raws]
         for place, size in enumerate(SIZES)
     }
     checks.append(below("random update a tenth of the weight: PII over before", at[0.1], 1.02))
@@ -180,7 +181,7 @@ def _drawn(raws: Sequence[Raw]) -> Figure:
         for name, label in models.items()
     ]
     sizes = [Series("weight + update", SIZES, [raw["random"]["merged"] for raw in raws])]
-    levels = [("weight alone", _mean([raw["random"]["base"] for raw in raws]))]
+    levels = [("weight alone", mean([raw["random"]["base"] for raw in raws]))]
     return Figure(
         [
             Panel("matrix", "row PII", roles, "fine-tuned transformer", "bars"),
@@ -199,8 +200,13 @@ def _updates(base: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(before[name].detach(), (after[name] - before[name]).detach()) for name in names]
 
 
-def _largest_change(raw: Raw, name: str) -> float:
-    return max(abs(float(raw[name]["pii"][role]) / float(raw["base"]["pii"][role]) - 1) for role in ROLES)
+def _largest_change(raw: Raw, name: str) -> float | None:
+    return largest([_change(raw, name, role) for role in ROLES])
+
+
+def _change(raw: Raw, name: str, role: str) -> float | None:
+    """Relative, of PII by fine-tuning."""
+    return distance(over(raw[name]["pii"][role], raw["base"]["pii"][role]), 1)
 
 
 def _mean(values: Sequence[float]) -> float:

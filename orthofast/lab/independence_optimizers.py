@@ -16,8 +16,9 @@ from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import accuracy, fit, optimizer_for
+from orthofast.lab.missing import distance, least, mean, minus, times
 from orthofast.lab.nets import NormalizedResidualMLP, constant_
-from orthofast.lab.verdict import Check, Verdict, above, below, judge, less, shown
+from orthofast.lab.verdict import Check, Number, Verdict, above, below, judge, less, shown
 from orthofast.metrics import pii
 
 ADAPTIVE = ("adam", "adamw", "rmsprop")
@@ -100,7 +101,12 @@ def _perceptrons(settings: Settings, grid: Mapping[str, Sequence[float]]) -> Raw
 def matched(raw: Raw) -> Raw:
     """Of each optimiser the run with the accuracy closest to Adam's: the paper, too, adjusts rates to like accuracy."""
     target = raw["adam"][0]["accuracy"]
-    return {name: min(runs, key=lambda run: abs(run["accuracy"] - target)) for name, runs in raw.items()}
+
+    def apart(run: Raw) -> float:
+        known = distance(run["accuracy"], target)
+        return math.inf if known is None else known
+
+    return {name: min(runs, key=apart) for name, runs in raw.items()}
 
 
 def verdict1(raws: Sequence[Raw]) -> Verdict:
@@ -120,9 +126,7 @@ def verdict1(raws: Sequence[Raw]) -> Verdict:
 
 def verdict_rates(raws: Sequence[Raw]) -> Verdict:
     """SGD's change is the least in every layer, at the most accurate learning rate of each optimiser."""
-    best: dict[str, list[Raw]] = {
-        name: [max(raw[name], key=lambda one: one["accuracy"]) for raw in raws] for name in GRID
-    }
+    best: dict[str, list[Raw]] = {name: [max(raw[name], key=_accuracy) for raw in raws] for name in GRID}
     checks: list[Check] = []
     others = [name for name in GRID if name != "sgd"]
     for layer in range(3):
@@ -131,7 +135,7 @@ def verdict_rates(raws: Sequence[Raw]) -> Verdict:
             less(
                 f"Layer_{layer + 1}: |change| under SGD minus the least of the others",
                 [change_of(one, layer) for one in best["sgd"]],
-                [min(change_of(best[name][seed], layer) for name in others) for seed in range(len(raws))],
+                [least([change_of(best[name][seed], layer) for name in others]) for seed in range(len(raws))],
                 round(theirs["sgd"] - min(theirs[name] for name in others), 3),
             )
         )
@@ -169,11 +173,11 @@ def _drawn1(raws: Sequence[Raw]) -> Figure:
 
 
 def _drawn_rates(raws: Sequence[Raw]) -> Figure:
-    picks: list[tuple[str, Callable[[Raw], float]]] = [
+    picks: list[tuple[str, Callable[[Raw], Number]]] = [
         (f"|change of PII|, Layer_{layer + 1}", lambda one, layer=layer: change_of(one, layer))  # type: ignore[misc]
         for layer in range(3)
     ]
-    picks.append(("accuracy (fraction)", lambda one: float(one["accuracy"])))
+    picks.append(("accuracy (fraction)", lambda one: one["accuracy"]))
     panels = []
     for title, pick in picks:
         series = [
@@ -198,7 +202,7 @@ def all_numbers(raws: Sequence[Raw], names: Mapping[str, object], published: Pub
         for layer in range(3):
             values = [raw[name]["final"][layer] for raw in raws]
             checks.append(shown(f"{LABELS[name]}, {what}{layer + 1}: PII after training", values, printed[layer]))
-        percent = [100 * raw[name]["accuracy"] for raw in raws]
+        percent = [times(100, raw[name]["accuracy"]) for raw in raws]
         checks.append(shown(f"{LABELS[name]}: test accuracy (%)", percent, printed[3]))
     return checks
 
@@ -206,24 +210,24 @@ def all_numbers(raws: Sequence[Raw], names: Mapping[str, object], published: Pub
 def closest(raws: Sequence[Raw], published: Published) -> Check:
     """Of all pairs of the paper's optimisers Adam and AdamW are closest in PII after training."""
     ours, others = zip(*(_distances({name: raw[name]["final"] for name in FOUR}) for raw in raws), strict=True)
-    theirs = _distances({name: [float(one or math.nan) for one in published[name][:3]] for name in FOUR})
+    printed = minus(*_distances({name: published[name][:3] for name in FOUR}))
     what = "mean |difference| of PII over the layers: Adam from AdamW minus the closest other pair"
-    return less(what, ours, others, round(theirs[0] - theirs[1], 3))
+    return less(what, ours, others, None if printed is None else round(printed, 3))
 
 
-def _distances(final: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+def _distances(final: Mapping[str, Sequence[Number]]) -> tuple[Number, Number]:
     """Mean |difference| over the layers: of Adam and AdamW, and of the closest other pair."""
     apart = {
-        pair: math.fsum(abs(one - other) for one, other in zip(final[pair[0]], final[pair[1]], strict=True)) / 3
+        pair: mean([distance(one, other) for one, other in zip(final[pair[0]], final[pair[1]], strict=True)])
         for pair in combinations(FOUR, 2)
     }
     own = apart.pop(("adam", "adamw"))
-    return own, min(apart.values())
+    return own, least(list(apart.values()))
 
 
 def like_accuracy(raws: Sequence[Raw], published: Published) -> list[Check]:
     """Accuracy of SGD is like Adam's, without which its PII says little."""
-    apart = [abs(raw["sgd"]["accuracy"] - raw["adam"]["accuracy"]) for raw in raws]
+    apart = [distance(raw["sgd"]["accuracy"], raw["adam"]["accuracy"]) for raw in raws]
     sgd, adam = (published[name][3] for name in ("sgd", "adam"))
     theirs = "no number" if sgd is None or adam is None else round(abs(sgd - adam) / 100, 4)
     return [
@@ -234,18 +238,23 @@ def like_accuracy(raws: Sequence[Raw], published: Published) -> list[Check]:
 
 def _wins(raw: Raw, layer: int) -> float | None:
     """Of all pairs of a rate of SGD and one of another, both accurate, those in which SGD changes PII less."""
-    runs = {name: [change_of(one, layer) for one in raw[name] if one["accuracy"] >= TRAINED] for name in GRID}
-    less_often = [ours < theirs for ours in runs["sgd"] for name in GRID if name != "sgd" for theirs in runs[name]]
-    return sum(less_often) / len(less_often) if less_often else None
+    runs = {name: [change_of(one, layer) for one in raw[name] if _accuracy(one) >= TRAINED] for name in GRID}
+    more = [minus(theirs, ours) for ours in runs["sgd"] for name in GRID if name != "sgd" for theirs in runs[name]]
+    return mean([None if one is None else float(one > 0) for one in more])
 
 
-def _of(raws: Sequence[Raw], name: str, field: str) -> list[list[float]]:
+def _accuracy(one: Raw) -> float:
+    """That of a run; below all others where it has none."""
+    return -math.inf if one["accuracy"] is None else float(one["accuracy"])
+
+
+def _of(raws: Sequence[Raw], name: str, field: str) -> list[list[Number]]:
     return [raw[name][field] for raw in raws]
 
 
-def change_of(one: Raw, layer: int) -> float:
+def change_of(one: Raw, layer: int) -> float | None:
     """|PII after training minus before| of a layer."""
-    return abs(float(one["final"][layer]) - float(one["initial"][layer]))
+    return distance(one["final"][layer], one["initial"][layer])
 
 
 def _columns(layer: nn.Module) -> float:

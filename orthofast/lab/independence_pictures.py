@@ -15,8 +15,9 @@ from orthofast.lab.data import load
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.independence_ablation import perceptron_sizes, train_arm
+from orthofast.lab.missing import distance, largest, over, times
 from orthofast.lab.nets import initialize_
-from orthofast.lab.verdict import Verdict, below, judge, less, near, shown
+from orthofast.lab.verdict import Number, Verdict, below, judge, less, near, shown
 from orthofast.metrics import (
     cosine_histogram,
     cosine_matrix,
@@ -81,7 +82,9 @@ def verdict1(raws: Sequence[Raw]) -> Verdict:
     """PII is the isotropic baseline, and small."""
     baseline = isotropic_baseline(WIDTH)
     checks = [near(f"PII of {side}", [raw["pii"][side] for raw in raws], baseline, 3e-4, 0.035) for side in SIDES]
-    checks.append(below("largest of both", [max(raw["pii"].values()) for raw in raws], 0.05, "off-diagonal near 0"))
+    checks.append(
+        below("largest of both", [largest(list(raw["pii"].values())) for raw in raws], 0.05, "off-diagonal near 0")
+    )
     return judge(checks, f"{WIDTH} x {WIDTH}, uniform start; 3e-4 is four standard deviations between draws or more.")
 
 
@@ -94,7 +97,7 @@ def verdict_dominance(raws: Sequence[Raw]) -> Verdict:
             near("fraction of rows that are dominated by their diagonal", fractions, 1, 0, "all"),
             shown("sum off the diagonal over the diagonal, mean over rows", [raw["dominance_mean"] for raw in raws]),
             shown("the same, least row", [raw["dominance_least"] for raw in raws]),
-            shown("(n - 1) PII, which it is about", [(WIDTH - 1) * raw["pii"]["rows"] for raw in raws]),
+            shown("(n - 1) PII, which it is about", [times(WIDTH - 1, raw["pii"]["rows"]) for raw in raws]),
         ],
         f"Off-diagonal entries are small but many: independent vectors of this length dominate up to n = {limit}.",
     )
@@ -115,7 +118,7 @@ def verdict2(raws: Sequence[Raw]) -> Verdict:
             checks.append(shown(f"{arm}, {side}: mean Gram diagonal", [raw[arm][side]["diagonal"] for raw in raws]))
             entries = [raw[arm][side]["off_diagonal"] for raw in raws]
             checks.append(shown(f"{arm}, {side}: mean |Gram| off the diagonal", entries))
-            beside = [raw[arm][side]["off_diagonal"] / raw[arm][side]["diagonal"] for raw in raws]
+            beside = [over(raw[arm][side]["off_diagonal"], raw[arm][side]["diagonal"]) for raw in raws]
             checks.append(shown(f"{arm}, {side}: the same over the mean diagonal", beside))
     return judge(
         checks,
@@ -150,9 +153,9 @@ def _drawn2(raws: Sequence[Raw]) -> Figure:
     raw = raws[0]
     panels = [_cells(raw[arm][side]["cosine"], "|cos|", f"{arm}, {side}") for side in SIDES for arm in ARMS]
     for side in SIDES:
-        largest = max(raw[arm][side]["diagonal"] for arm in ARMS)
+        larger = largest([raw[arm][side]["diagonal"] for arm in ARMS])
         for arm in ARMS:
-            cells = [[min(1.0, abs(entry) / largest) for entry in row] for row in raw[arm][side]["gram"]]
+            cells = [[_shade(entry, larger) for entry in row] for row in raw[arm][side]["gram"]]
             panels.append(_cells(cells, "|G| / larger mean", f"{arm}, Gram, {side}"))
     return Figure(
         panels,
@@ -161,7 +164,13 @@ def _drawn2(raws: Sequence[Raw]) -> Figure:
     )
 
 
-def _cells(matrix: Sequence[Sequence[float]], y: str, title: str) -> Panel:
+def _shade(entry: Number, mean: Number) -> float | None:
+    """Absolute entry over the larger mean, at most 1."""
+    ratio = over(distance(entry, 0), mean)
+    return None if ratio is None else min(1.0, ratio)
+
+
+def _cells(matrix: Sequence[Sequence[Number]], y: str, title: str) -> Panel:
     names = [str(index + 1) for index in range(len(matrix))]
     rows = [Series(name, names, [row]) for name, row in zip(names, matrix, strict=True)]
     return Panel("vector", y, rows, title, "cells")

@@ -111,7 +111,7 @@ def verdict4(raws: Sequence[Raw], rows: Mapping[str, Row4] = ROWS4, chance: floa
     notes: list[str] = []
     for name, row in rows.items():
         original, norm_res = (values_of(raws, name, arm, "accuracy") for arm in BOTH)
-        trained = all(value > 2 * chance for value in original)
+        trained = all(value is not None and value > 2 * chance for value in original)
         if trained or row.optimizer == "adam":
             for layer in range(len(raws[0][name]["Original"]["layers"])):
                 without, both = ([raw[name][arm]["layers"][layer] for raw in raws] for arm in BOTH)

@@ -13,6 +13,7 @@ import torch
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.independence_parts import TinyTransformer, fit_text, markov_text
+from orthofast.lab.missing import largest, minus, over
 from orthofast.lab.verdict import Verdict, above, judge, less, shown
 from orthofast.metrics import isotropic_baseline, pii
 
@@ -106,21 +107,21 @@ def train_arm(
 def verdict(raws: Sequence[Raw]) -> Verdict:
     """The last Linear_2 is clearly above the same layer wrapped, and above the other Linear_2 of its own network."""
     own = {arm: [raw[arm]["rows"]["Linear_2"] for raw in raws] for arm in ARMS}
-    ratio = [bare[-1] / wrapped[-1] for bare, wrapped in zip(own["unwrapped"], own["wrapped"], strict=True)]
+    ratio = [over(bare[-1], wrapped[-1]) for bare, wrapped in zip(own["unwrapped"], own["wrapped"], strict=True)]
     checks = [above("last Linear_2: PII unwrapped over wrapped", ratio, CLEARLY, "no such control")]
     for arm in ARMS:
-        last, before = [values[-1] for values in own[arm]], [max(values[:-1]) for values in own[arm]]
+        last, before = [values[-1] for values in own[arm]], [largest(values[:-1]) for values in own[arm]]
         what = f"{arm}: largest Linear_2 of earlier blocks minus the last"
         position = less(what, before, last, "above the others")
         checks.append(
             position
             if arm == "unwrapped"
-            else shown(what, [one - other for one, other in zip(before, last, strict=True)])
+            else shown(what, [minus(one, other) for one, other in zip(before, last, strict=True)])
         )
     for arm in ARMS:
         for name in MATRICES:
             printed = PUBLISHED[name] if arm == "unwrapped" else None
-            values = [max(raw[arm]["rows"][name]) for raw in raws]
+            values = [largest(raw[arm]["rows"][name]) for raw in raws]
             checks.append(shown(f"{arm}, {name}: largest row PII", values, printed))
         checks.append(shown(f"{arm}: loss (nats)", [raw[arm]["loss"] for raw in raws]))
     checks.append(shown("isotropic baseline of Linear_2", [raw["wrapped"]["baselines"]["Linear_2"] for raw in raws]))

@@ -22,6 +22,16 @@ def minus(one: Number, other: Number) -> float | None:
     return None if both is None else both[0] - both[1]
 
 
+def distance(one: Number, other: Number) -> float | None:
+    """Between them.
+
+    >>> distance(1.0, 3.0), distance(None, 1.0)
+    (2.0, None)
+    """
+    apart = minus(one, other)
+    return None if apart is None else abs(apart)
+
+
 def over(one: Number, other: Number) -> float | None:
     """Their quotient; missing where the second is 0.
 
@@ -40,6 +50,16 @@ def times(factor: float, one: Number) -> float | None:
     """
     known = _known([one])
     return None if known is None else factor * known[0]
+
+
+def root(one: Number) -> float | None:
+    """Its square root; missing of a negative number.
+
+    >>> root(4.0), root(-1.0), root(None)
+    (2.0, None, None)
+    """
+    known = _known([one])
+    return None if known is None or known[0] < 0 else math.sqrt(known[0])
 
 
 def least(values: Sequence[Number]) -> float | None:

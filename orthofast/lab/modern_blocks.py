@@ -33,6 +33,7 @@ from orthofast.lab.deep_normalization import CLOSE, NO_SUCH, N, gap_of_cosines, 
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import accuracy, fit, optimizer_for
+from orthofast.lab.missing import minus
 from orthofast.lab.modern_nets import PER_SAMPLE, ImageTransformer, cosine_map
 from orthofast.lab.verdict import Check, Number, Verdict, below, judge, less, shown
 from orthofast.metrics import gap_bounds
@@ -170,7 +171,7 @@ def verdict_transformers(raws: Sequence[Raw]) -> Verdict:
         pre, post = (f"{kind}, {order}" for order in ORDERS)
         what = f"tokens, {kind}: V at the end, pre-norm minus post-norm"
         checks.append(less(what, at("tokens", pre, -1), at("tokens", post, -1), NO_SUCH))
-    capped, reached = [raw["cap"]["tokens"] - NEAR for raw in raws], at("tokens", f"{relu}, post-norm", -1)
+    capped, reached = [minus(raw["cap"]["tokens"], NEAR) for raw in raws], at("tokens", f"{relu}, post-norm", -1)
     checks.append(less(f"tokens, {relu}, post-norm: its cap less {NEAR} minus V at the end", capped, reached, NO_SUCH))
     for place in ("images", "tokens"):
         for name in raws[0][place]:

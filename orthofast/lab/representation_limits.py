@@ -6,7 +6,6 @@ Table 1 and the figure of Appendix G.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
+from orthofast.lab.missing import over, root, times
 from orthofast.lab.representations import RUNS, noise_of, starts
-from orthofast.lab.verdict import Verdict, below, between, judge, less, log_slope, near, shown
+from orthofast.lab.verdict import Number, Verdict, below, between, judge, less, log_slope, near, shown
 from orthofast.metrics import bn_chain, chain_trace, gaussian_w2_squared, gram_fluctuation, vanilla_chain
 
 # Table 1
@@ -44,15 +44,15 @@ def table1(settings: Settings) -> Raw:
 def _verdict_t1(raws: Sequence[Raw]) -> Verdict:
     at = DEPTHS_T1.index(50)
 
-    def w2(name: str, d: int, depth: int) -> list[float]:
-        return [math.sqrt(raw[name][str(d)][depth]) for raw in raws]
+    def w2(name: str, d: int, depth: int) -> list[Number]:
+        return [root(raw[name][str(d)][depth]) for raw in raws]
 
     def exponents(name: str) -> list[float | None]:
-        return [log_slope(WIDTHS_T1, [math.sqrt(raw[name][str(d)][at]) for d in WIDTHS_T1]) for raw in raws]
+        return [log_slope(WIDTHS_T1, [root(raw[name][str(d)][at]) for d in WIDTHS_T1]) for raw in raws]
 
-    deep = [later / earlier for later, earlier in zip(w2("bn", 64, 2), w2("bn", 64, 1), strict=True)]
+    deep = [over(later, earlier) for later, earlier in zip(w2("bn", 64, 2), w2("bn", 64, 1), strict=True)]
     squares = [raw["bn"]["64"][at] for raw in raws]
-    lemma = [2 * 4 * raw["bn_gap"]["64"][at] for raw in raws]
+    lemma = [times(2 * 4, raw["bn_gap"]["64"][at]) for raw in raws]
     return judge(
         [
             below("exponent of W2 over width with BN, layer 50", exponents("bn"), -0.25, "at most -1/4"),
@@ -76,7 +76,7 @@ def _drawn_t1(raws: Sequence[Raw]) -> Figure:
             Series(
                 f"layer {depth}",
                 WIDTHS_T1,
-                [[math.sqrt(raw[name][str(d)][index]) for d in WIDTHS_T1] for raw in raws],
+                [[root(raw[name][str(d)][index]) for d in WIDTHS_T1] for raw in raws],
             )
             for index, depth in enumerate(DEPTHS_T1)
         ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
+from orthofast.lab.missing import mean, over
 from orthofast.lab.verdict import Verdict, above, below, between, judge, less, log_slope, near, shown, slope
 from orthofast.metrics import (
     bn_chain,
@@ -46,8 +47,8 @@ def figure1(settings: Settings) -> Raw:
 
 
 def _verdict1(raws: Sequence[Raw]) -> Verdict:
-    bn_end = [_mean(raw["bn"][19:]) for raw in raws]
-    vanilla_end = [_mean(raw["vanilla"][-5:]) for raw in raws]
+    bn_end = [mean(raw["bn"][19:]) for raw in raws]
+    vanilla_end = [mean(raw["vanilla"][-5:]) for raw in raws]
     return judge(
         [
             above("|cos| with BN at layer 1", [raw["bn"][0] for raw in raws], 0.99, 1.0),
@@ -91,7 +92,7 @@ def _verdict2a(raws: Sequence[Raw]) -> Verdict:
         traces = [raw["ln_gap"][str(d)] for raw in raws]
         early = [slope(range(5, 13), trace[4:12]) for trace in traces]
         late = [slope(range(30, 51), trace[29:]) for trace in traces]
-        level = [_mean(trace[29:]) for trace in traces]
+        level = [mean(trace[29:]) for trace in traces]
         theory = math.log(stationary_gap(4, d))
         checks += [
             near(
@@ -131,7 +132,7 @@ def figure2b(settings: Settings) -> Raw:
 
 def _verdict2b(raws: Sequence[Raw]) -> Verdict:
     slopes = [log_slope(raw["width"], raw["gap"]) for raw in raws]
-    ratios = [raw["gap"][-1] / stationary_gap(4, WIDTHS_2B[-1]) for raw in raws]
+    ratios = [over(raw["gap"][-1], stationary_gap(4, WIDTHS_2B[-1])) for raw in raws]
     return judge(
         [
             near("exponent of the gap over width", slopes, -0.5, 0.06, "-1/2"),
@@ -236,10 +237,6 @@ def noise_of(settings: Settings) -> torch.Generator:
 def starts(start: Tensor) -> Tensor:
     """The same start for every run, (n, d) to (runs, n, d)."""
     return start.expand(RUNS, *start.shape)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 EXPERIMENTS: tuple[Experiment, ...] = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from orthofast.errors import InputError, MissingPackageError, OrthofastError
 from orthofast.lab.experiment import Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
+from orthofast.lab.missing import least, mean, over
 from orthofast.lab.verdict import Check, Verdict, above, below, judge, shown
 from orthofast.metrics import isotropic_baseline
 from orthofast.scan import Row, ScanOptions, scan_checkpoint
@@ -119,10 +120,10 @@ def verdict(raws: Sequence[Raw]) -> Verdict:
     """Every matrix is near the isotropic baseline; how it compares with the models of the paper."""
     checks: list[Check] = []
     for model in raws[0]:
-        least = [min((ratio for _, ratio in raw[model]["paper"].values()), default=None) for raw in raws]
+        smallest = [least([ratio for _, ratio in raw[model]["paper"].values()]) for raw in raws]
         checks += [
             below(f"{model}: largest PII over baseline", [raw[model]["largest"] for raw in raws], NEAR, 2.08),
-            above(f"{model}: least PII over baseline, columns of the table", least, 1 / NEAR, LEAST),
+            above(f"{model}: least PII over baseline, columns of the table", smallest, 1 / NEAR, LEAST),
         ]
     for model in raws[0]:
         for role, (value, ratio) in raws[0][model]["paper"].items():
@@ -159,9 +160,9 @@ def width_run(settings: Settings) -> Raw:
 def width_verdict(raws: Sequence[Raw]) -> Verdict:
     """Large models are below small ones in PII by more than width alone explains: by a fifth of PII over baseline."""
 
-    def quotient(raw: Raw, field: str) -> float:
+    def quotient(raw: Raw, field: str) -> float | None:
         large, small = ([raw[model][field] for model in models] for models in (LARGE_MODELS, SMALL_MODELS))
-        return statistics.fmean(large) / statistics.fmean(small)
+        return over(mean(large), mean(small))
 
     theirs = "LLM below PLM"
     checks = [
@@ -171,7 +172,7 @@ def width_verdict(raws: Sequence[Raw]) -> Verdict:
     ]
     for index, role in enumerate(ROLES):
         large, small = (
-            [statistics.fmean(raw[model]["ratios"][index] for model in models) for raw in raws]
+            [mean([raw[model]["ratios"][index] for model in models]) for raw in raws]
             for models in (LARGE_MODELS, SMALL_MODELS)
         )
         checks.append(shown(f"{role}, large models: PII over baseline", large))
