@@ -9,6 +9,7 @@ from orthofast.lab.conditioning_residual import BATCH, BLOCKS, NETS, SIZE, watch
 from orthofast.lab.data import DIGITS_TRAIN, load
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
+from orthofast.lab.missing import over
 from orthofast.lab.verdict import Check, Number, Verdict, below, judge, less, ordered, shown
 
 EPOCHS = {"small": 32, "paper": 160}
@@ -48,7 +49,7 @@ def _verdict8(raws: Sequence[Raw]) -> Verdict:
         ordered("ResNet: loss before the rate is cut, by depth", early["ResNet"], "worse with depth (image)"),
         below(
             "spread over depths of the loss before the cut, LastBN over ResNet",
-            [_over(_spread(early["LastBN"], seed), _spread(early["ResNet"], seed)) for seed in range(len(raws))],
+            [over(_spread(early["LastBN"], seed), _spread(early["ResNet"], seed)) for seed in range(len(raws))],
             0.2,
             "nearly the same for LastBN (image)",
         ),
@@ -83,10 +84,6 @@ def _drawn8(raws: Sequence[Raw]) -> Figure:
     return Figure(
         panels, "The learning rate is divided by 10 at half and at three quarters of the epochs. The axes differ."
     )
-
-
-def _over(one: Number, other: Number) -> float | None:
-    return None if one is None or not other else one / other
 
 
 EXPERIMENTS: tuple[Experiment, ...] = (

@@ -6,7 +6,7 @@ the derivative of the mean loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn import functional
 from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
-from orthofast.lab.missing import mean
+from orthofast.lab.missing import mean, over
 from orthofast.lab.nets import mlp
 from orthofast.lab.verdict import Verdict, above, between, judge, less, shown
 from orthofast.metrics import (
@@ -111,7 +111,7 @@ def _verdict1(raws: Sequence[Raw]) -> Verdict:
     checks = [
         above(
             "largest eigenvalue of the whole Fisher matrix, BN over Plain",
-            [_over(b["lambda_full"], p["lambda_full"]) for p, b in zip(plain, bn, strict=True)],
+            [over(b["lambda_full"], p["lambda_full"]) for p, b in zip(plain, bn, strict=True)],
             100,
             "about 1 over about 1e-5",
         ),
@@ -131,7 +131,7 @@ def _verdict1(raws: Sequence[Raw]) -> Verdict:
         checks.append(
             above(
                 f"largest eigenvalue of layer {layer}'s block, BN over Plain",
-                [_over(b["lambda"][layer - 1], p["lambda"][layer - 1]) for p, b in zip(plain, bn, strict=True)],
+                [over(b["lambda"][layer - 1], p["lambda"][layer - 1]) for p, b in zip(plain, bn, strict=True)],
                 100,
                 "as of the whole (image)",
             )
@@ -205,7 +205,7 @@ def _verdict2(raws: Sequence[Raw]) -> Verdict:
     for kind in KINDS:
         for layer in COMPARED:
             cells = [raw[kind][str(layer)] for raw in raws]
-            ratios = [_over(cell["lambda_kronecker"], cell["lambda_exact"]) for cell in cells]
+            ratios = [over(cell["lambda_kronecker"], cell["lambda_exact"]) for cell in cells]
             what = f"{kind}, layer {layer}"
             if layer in LAYERS:
                 checks.append(
@@ -217,7 +217,7 @@ def _verdict2(raws: Sequence[Raw]) -> Verdict:
                 continue
             for place in (0, 1):
                 mixed, kronecker = (
-                    [_over(cell[f"kappa_{key}"][place], cell["kappa_exact"][place]) for cell in cells]
+                    [over(cell[f"kappa_{key}"][place], cell["kappa_exact"][place]) for cell in cells]
                     for key in ("mixed", "kronecker")
                 )
                 of = f"{what}: kappa at {SHARES[place]:.0%}"
@@ -282,7 +282,7 @@ def _verdict_supplement(raws: Sequence[Raw]) -> Verdict:
         checks += [
             above(
                 f"{shape}: largest eigenvalue of the middle layer's block, BN over Plain",
-                [_over(b["lambda"], p["lambda"]) for p, b in zip(plain, bn, strict=True)],
+                [over(b["lambda"], p["lambda"]) for p, b in zip(plain, bn, strict=True)],
                 1,
                 "the same observations",
             ),
@@ -311,49 +311,36 @@ def _drawn_supplement(raws: Sequence[Raw]) -> Figure:
     return Figure(panels, "The middle layer of perceptrons at their random start.")
 
 
-def _over(one: float | None, other: float | None) -> float | None:
-    return None if one is None or not other else one / other
-
-
-def _experiment(
-    key: str,
-    title: str,
-    claim: str,
-    run: Callable[[Settings], Raw],
-    verdict: Callable[[Sequence[Raw]], Verdict],
-    figure: Callable[[Sequence[Raw]], Figure],
-    size: str,
-) -> Experiment:
-    return Experiment(f"S2-{key}", title, claim, run, verdict, figure, needs=DATA, size=size)
-
-
 EXPERIMENTS: tuple[Experiment, ...] = (
-    _experiment(
-        "F1",
+    Experiment(
+        "S2-F1",
         "Figure 1: spectra of the Fisher matrix and of its blocks, 8 layers of width 24",
         "With batch normalisation the largest eigenvalue is larger by orders and kappa is smaller, in the whole matrix "
         "as in the blocks of single layers.",
         figure1,
         _verdict1,
         _drawn1,
-        "8 x 8 digits instead of MNIST at 12 x 12.",
+        needs=DATA,
+        size="8 x 8 digits instead of MNIST at 12 x 12.",
     ),
-    _experiment(
-        "F2",
+    Experiment(
+        "S2-F2",
         "Figure 2: exact blocks and their Kronecker approximation",
         "Largest eigenvalues and condition numbers match well.",
         figure2,
         _verdict2,
         _drawn2,
-        "8 x 8 digits instead of MNIST at 12 x 12.",
+        needs=DATA,
+        size="8 x 8 digits instead of MNIST at 12 x 12.",
     ),
-    _experiment(
-        "X2",
+    Experiment(
+        "S2-X2",
         "Supplement: perceptrons of other depths and widths",
         "The same observations as in Figure 1.",
         supplement,
         _verdict_supplement,
         _drawn_supplement,
-        "8 x 8 digits; the supplement is not at hand.",
+        needs=DATA,
+        size="8 x 8 digits; the supplement is not at hand.",
     ),
 )

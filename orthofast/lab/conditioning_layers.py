@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from orthofast.lab.conditioning_fisher import images
 from orthofast.lab.data import Images
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
+from orthofast.lab.missing import over
 from orthofast.lab.nets import mlp
 from orthofast.lab.verdict import Check, Number, Verdict, above, below, judge, less, near, shown
 
@@ -137,7 +138,7 @@ def _verdict3(raws: Sequence[Raw]) -> Verdict:
             )
         )
         for layer in (19, 10):
-            shares = [_over(start["lambda_g"][layer - 1], start["trace_g"][layer - 1]) for start in starts]
+            shares = [over(start["lambda_g"][layer - 1], start["trace_g"][layer - 1]) for start in starts]
             checks.append(shown(f"{kind}: lambda_max of output gradients over their trace, layer {layer}", shares))
     return judge(
         checks,
@@ -151,11 +152,11 @@ def _verdict3(raws: Sequence[Raw]) -> Verdict:
 
 
 def _growth(values: Sequence[Number]) -> float | None:
-    return _power(_over(values[1], values[18]), 1 / 17)
+    return _power(over(values[1], values[18]), 1 / 17)
 
 
 def _layer_rate(values: Sequence[Number]) -> float | None:
-    return _power(_over(values[18], values[3]), 1 / 15)
+    return _power(over(values[18], values[3]), 1 / 15)
 
 
 def _power(value: float | None, exponent: float) -> float | None:
@@ -278,13 +279,13 @@ def _verdict4(raws: Sequence[Raw]) -> Verdict:
         checks += [
             below(
                 f"{mask}: final loss over the first",
-                [_over(one[-1], one[0]) for one in losses],
+                [over(one[-1], one[0]) for one in losses],
                 0.5,
                 "still falls (image)",
             ),
             above(
                 f"{mask}: final loss over that of no frozen layer",
-                [_over(one[-1], other[-1]) for one, other in zip(losses, whole, strict=True)],
+                [over(one[-1], other[-1]) for one, other in zip(losses, whole, strict=True)],
                 1,
                 "ends worse (image)",
             ),
@@ -301,50 +302,37 @@ def _drawn4(raws: Sequence[Raw]) -> Figure:
     )
 
 
-def _over(one: Number, other: Number) -> float | None:
-    return None if one is None or not other else one / other
-
-
-def _experiment(
-    key: str,
-    title: str,
-    claim: str,
-    run: Callable[[Settings], Raw],
-    verdict: Callable[[Sequence[Raw]], Verdict],
-    figure: Callable[[Sequence[Raw]], Figure],
-    size: str,
-) -> Experiment:
-    return Experiment(f"S2-{key}", title, claim, run, verdict, figure, needs=DATA, size=size)
-
-
 EXPERIMENTS: tuple[Experiment, ...] = (
-    _experiment(
-        "F3",
+    Experiment(
+        "S2-F3",
         "Figure 3: largest eigenvalues by layer, 20 layers of width 256",
         "Plain networks with random weights lose the scale of inputs and gradients exponentially; He's weights and "
         "batch normalisation keep it.",
         figure3,
         _verdict3,
         _drawn3,
-        "digits; 12 steps on 360 images at each rate.",
+        needs=DATA,
+        size="digits; 12 steps on 360 images at each rate.",
     ),
-    _experiment(
-        "F4",
+    Experiment(
+        "S2-F4",
         "Figure 4: frozen layers, 5 linear layers with BN",
         "With the weights of some layers blocked the loss still falls, and ends higher.",
         figure4,
         _verdict4,
         _drawn4,
-        "digits, width 64 instead of 256.",
+        needs=DATA,
+        size="digits, width 64 instead of 256.",
     ),
-    _experiment(
-        "F5",
+    Experiment(
+        "S2-F5",
         "Figure 5: condition numbers by layer, and neurons that always or never fire",
         "Batch normalisation improves the conditioning of inputs and of output gradients; it leaves no dying or full "
         "neurons, whose number rises with the layer without it.",
         figure5,
         _verdict5,
         _drawn5,
-        "digits, at the start.",
+        needs=DATA,
+        size="digits, at the start.",
     ),
 )

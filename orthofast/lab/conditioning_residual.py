@@ -20,6 +20,7 @@ from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import accuracy, batches
+from orthofast.lab.missing import minus, over
 from orthofast.lab.nets import initialize_
 from orthofast.lab.resnets import cifar_resnet
 from orthofast.lab.verdict import Check, Number, Verdict, above, below, judge, less, log_slope, near, ordered, shown
@@ -173,7 +174,7 @@ def _collapse(run: dict[str, Any]) -> float | None:
     if any(value is None for value in values):
         return None
     top = max(range(len(values)), key=values.__getitem__)
-    return float(min(values[top:]) / values[top])
+    return over(min(values[top:]), values[top])
 
 
 def _verdict6(raws: Sequence[Raw]) -> Verdict:
@@ -181,7 +182,7 @@ def _verdict6(raws: Sequence[Raw]) -> Verdict:
     starts = _column(raws, lambda run: run["lambda_x"][0])
     falls = _column(raws, _collapse)
     late = _column(raws, lambda run: run["late"])
-    norms = _column(raws, lambda run: _over(run["norm"][-1], run["norm"][0]))
+    norms = _column(raws, lambda run: over(run["norm"][-1], run["norm"][0]))
     highest = _column(raws, lambda run: run["highest"])
     exponents = [log_slope(blocks, [starts[place][seed] for place in range(len(blocks))]) for seed in range(len(raws))]
     checks: list[Check] = [
@@ -190,12 +191,12 @@ def _verdict6(raws: Sequence[Raw]) -> Verdict:
         near("exponent of lambda_max at the start over the number of blocks", exponents, 1, 0.15, "no number"),
         ordered("last weight's norm, end over start, by depth", norms, "grows with depth (image)"),
     ]
-    over = [None if loss is None else loss - math.log(raw["classes"]) for loss, raw in zip(late[-1], raws, strict=True)]
+    excess = [minus(loss, math.log(raw["classes"])) for loss, raw in zip(late[-1], raws, strict=True)]
     gains = _column(raws, lambda run: run["domination"][-1])
     deepest = f"{blocks[-1]} blocks"
     checks += [
         below(f"{deepest}: least lambda_max of Sigma_x after its peak, over the peak", falls[-1], 0.5, "collapses"),
-        near(f"{deepest}: mean loss of the last 10 steps minus guessing's", over, 0, 0.4, "0: stays at ln 10"),
+        near(f"{deepest}: mean loss of the last 10 steps minus guessing's", excess, 0, 0.4, "0: stays at ln 10"),
         below(f"{deepest}: gradient over weight at the end", gains[-1], DOMINATED, "weight domination"),
     ]
     for place, number in enumerate(blocks):
@@ -255,19 +256,19 @@ def _verdict7(raws: Sequence[Raw]) -> Verdict:
         [
             below(
                 "LastBN: highest loss over the first",
-                [_over(run["highest"], run["loss"][0]) for run in normed],
+                [over(run["highest"], run["loss"][0]) for run in normed],
                 1.5,
                 "stable (image)",
             ),
             above(
                 "ResNet: highest loss over the first",
-                [_over(run["highest"], run["loss"][0]) for run in bare],
+                [over(run["highest"], run["loss"][0]) for run in bare],
                 1.5,
                 "rises (image)",
             ),
             below(
                 "largest lambda_max of Sigma_x, LastBN over ResNet",
-                [_over(one, other) for one, other in zip(peaks[1], peaks[0], strict=True)],
+                [over(one, other) for one, other in zip(peaks[1], peaks[0], strict=True)],
                 0.1,
                 "no large magnitude (image)",
             ),
@@ -301,41 +302,27 @@ def _drawn7(raws: Sequence[Raw]) -> Figure:
     return _drawn_last(raws, list(NETS), f"Last linear layer with {BLOCKS[-1]} residual blocks.")
 
 
-def _over(one: Number, other: Number) -> float | None:
-    return None if one is None or not other else one / other
-
-
-def _experiment(
-    key: str,
-    title: str,
-    claim: str,
-    run: Callable[[Settings], Raw],
-    verdict: Callable[[Sequence[Raw]], Verdict],
-    figure: Callable[[Sequence[Raw]], Figure],
-    size: str,
-) -> Experiment:
-    return Experiment(f"S2-{key}", title, claim, run, verdict, figure, needs=DATA, size=size)
-
-
 SIZE = "residual blocks of two linear layers of width 64 on digits instead of CIFAR ResNets of depth 56 to 1202"
 EXPERIMENTS: tuple[Experiment, ...] = (
-    _experiment(
-        "F6",
+    Experiment(
+        "S2-F6",
         "Figure 6: the last linear layer of ResNets over training",
         "The loss first rises, the more the deeper the network, from large inputs of the last layer; the weight grows, "
         "the inputs collapse, and the loss stays at random guessing.",
         figure6,
         _verdict6,
         _drawn6,
-        f"{SIZE}; 60 steps.",
+        needs=DATA,
+        size=f"{SIZE}; 60 steps.",
     ),
-    _experiment(
-        "F7",
+    Experiment(
+        "S2-F7",
         "Figure 7: ResNet and LastBN at the largest depth",
         "With a batch normalisation before the last layer training is stable and no weight dominates.",
         figure7,
         _verdict7,
         _drawn7,
-        f"{SIZE}; 60 steps.",
+        needs=DATA,
+        size=f"{SIZE}; 60 steps.",
     ),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -231,44 +231,35 @@ def _drawn4b(raws: Sequence[Raw]) -> Figure:
     )
 
 
-def _experiment(
-    key: str,
-    title: str,
-    claim: str,
-    run: Callable[[Settings], Raw],
-    verdict: Callable[[Sequence[Raw]], Verdict],
-    figure: Callable[[Sequence[Raw]], Figure],
-    size: str,
-) -> Experiment:
-    return Experiment(f"S1-{key}", title, claim, run, verdict, figure, needs=DATA, size=size)
-
-
 EXPERIMENTS: tuple[Experiment, ...] = (
-    _experiment(
-        "F4a",
+    Experiment(
+        "S1-F4a",
         "Figure 4a: gap and loss by depth",
         "The orthogonality gap at the start and the loss after training both rise with depth.",
         figure4a,
         _verdict4a,
         _drawn4a,
-        "width 100, 400 steps of 100 images instead of width 800 and 30 epochs of CIFAR-10.",
+        needs=DATA,
+        size="width 100, 400 steps of 100 images instead of width 800 and 30 epochs of CIFAR-10.",
     ),
-    _experiment(
-        "F4b",
+    Experiment(
+        "S1-F4b",
         "Figure 4b: gap and loss along training",
         "They fall together.",
         figure4b,
         _verdict4b,
         _drawn4b,
-        "width 100, 400 steps of 100 images instead of width 1000 and 50 epochs of CIFAR-10.",
+        needs=DATA,
+        size="width 100, 400 steps of 100 images instead of width 1000 and 50 epochs of CIFAR-10.",
     ),
-    _experiment(
-        "F5",
+    Experiment(
+        "S1-F5",
         "Figure 5: orthogonal starts against Xavier's",
         "Weights made orthogonal from data remove the slowdown that depth brings.",
         figure5,
         _verdict5,
         _drawn5,
-        "width 100, 400 steps of 100 images instead of width 800 and 30 epochs of CIFAR-10.",
+        needs=DATA,
+        size="width 100, 400 steps of 100 images instead of width 800 and 30 epochs of CIFAR-10.",
     ),
 )

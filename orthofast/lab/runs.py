@@ -164,7 +164,8 @@ def _kept(file: Path, mark: str) -> dict[str, Any] | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("mark") == mark and "raw" in found else None
+    complete = isinstance(found, dict) and {"raw", "settings", "seconds"} <= found.keys()
+    return found if complete and found.get("mark") == mark else None
 
 
 def _measured(

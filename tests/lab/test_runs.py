@@ -22,7 +22,7 @@ from orthofast.lab import command, drawing, nets, runs
 from orthofast.lab.experiment import Absent, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.page import write_summary
-from orthofast.lab.registry import ORDER, REGISTRY, find
+from orthofast.lab.registry import ORDER, REGISTRY, RUNNABLE, find
 from orthofast.lab.verdict import FAILED, NOT_RUN, REPRODUCED, Verdict, below, judge
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +109,12 @@ def test_finished_seeds_are_kept_and_only_those_of_the_same_settings(
     (tmp_path / "S1-F1" / "seed-0.json").write_text("{ cut off")
     runs.run_all([TINY], Settings(data="mnist"), tmp_path, seeds=1)
     assert CALLS == [0, 1, 2, 0, 0, 0]
+    whole = json.loads((tmp_path / "S1-F1" / "seed-0.json").read_text())
+    for part in ("raw", "settings", "seconds"):
+        lacking = {key: value for key, value in whole.items() if key != part}
+        (tmp_path / "S1-F1" / "seed-0.json").write_text(json.dumps(lacking))
+        assert runs.run_all([TINY], Settings(data="mnist"), tmp_path, seeds=1)[0].verdict.status == REPRODUCED
+    assert len(CALLS) == 9
 
 
 def test_a_measured_number_repeats_and_the_caller_keeps_its_random_state(tmp_path: Path) -> None:
@@ -227,3 +233,30 @@ def test_a_kept_seed_minds_the_sources_its_numbers_come_from() -> None:
     assert networks in found
     assert charts not in found
     assert Path(sys.modules[experiment.run.__module__].__file__ or "").read_text(encoding="utf-8") in found
+
+
+def _imported(name: str) -> set[str]:
+    """Modules of the lab that one names in its imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(Path(sys.modules[name].__file__ or "").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "orthofast.lab":
+            found |= {f"orthofast.lab.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orthofast.lab."):
+            found.add(str(node.module))
+    return found
+
+
+def test_sources_are_all_that_is_imported_but_what_only_shows() -> None:
+    shows = {f"orthofast.lab.{name}" for name in ("axes", "svg", "earlier", "absent")} | runs.SHOWING
+    reached: set[str] = set()
+    for name in {one.run.__module__ for one in RUNNABLE.values()}:
+        found, coming = set(), {name}
+        while coming:
+            found |= coming
+            coming = {one for part in coming for one in _imported(part)} - runs.SHOWING - found
+        texts = {Path(sys.modules[one].__file__ or "").read_text(encoding="utf-8") for one in found}
+        assert set(runs._sources(name)) == texts, name
+        reached |= found
+    assert not reached & shows
+    # what shows is the declaration of figures alone, which holds no number
+    assert {one for part in reached for one in _imported(part)} & shows == {"orthofast.lab.figures"}
