@@ -95,12 +95,12 @@ def lab(
                 jobs = jobs or (os.cpu_count() or 1)
                 again = fresh or bool(models)  # files of a model may have changed
                 outcomes = run_all(entries, settings, out, seeds=seeds, jobs=jobs, fresh=again, told=told)
+            if models and outcomes[0].verdict.status in (FAILED, NOT_RUN):
+                raise InputError(outcomes[0].verdict.note)
+            write_summary(with_earlier(outcomes, settings, out), settings, out)
         except KeyboardInterrupt:
             say("orthofast: interrupted; finished seeds are kept, the same command without --fresh goes on from there")
             raise typer.Exit(INTERRUPTED) from None
-        if models and outcomes[0].verdict.status in (FAILED, NOT_RUN):
-            raise InputError(outcomes[0].verdict.note)
-        write_summary(with_earlier(outcomes, settings, out), settings, out)
         print_outcomes(outcomes)
         line(f"{out / 'index.html'}")
         if any(one.verdict.status == FAILED for one in outcomes):

@@ -197,6 +197,18 @@ def test_an_interrupted_run_goes_on_where_it_was(out: Path, monkeypatch: pytest.
     assert CALLS == [0, 1, 2]
 
 
+def test_an_interrupt_while_the_page_is_written_keeps_seeds_too(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "find", lambda wanted: [TINY])
+    monkeypatch.setattr(command, "write_summary", stopped)
+    done = invoke("--jobs", 1, "--out", out)
+    assert done.exit_code == 130
+    assert "finished seeds are kept" in done.stderr
+    assert "nothing was written" not in done.stderr
+
+
 def test_an_interrupt_waits_for_no_experiment_in_another_process(tmp_path: Path) -> None:
     started: list[str] = []
 

@@ -84,6 +84,11 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     assert kept["S1-F1"]["measured"]["mean"] == pytest.approx(sum(raw["0"]["y"] + raw["1"]["y"]) / 6)
     assert kept["S1-F1"]["published"] == {"mean": 0.5}
     assert (kept["S2-T1"]["verdict"], kept["S2-T1"]["published"]) == (NOT_RUN, {"a": "1 ± 2"})
+    documented = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "lab.md").read_text(encoding="utf-8"), re.MULTILINE)
+    fields = [name.strip("`") for row in documented for name in row.split(", ") if not name.startswith("`--")]
+    assert fields == list(kept["S1-F1"]) == list(kept["S2-T1"])
+    assert (kept["S2-T1"]["data"], kept["S2-T1"]["scale"], kept["S2-T1"]["seeds"]) == (None, None, 0)
+    assert (kept["S1-F1"]["holds"], kept["S2-T1"]["holds"]) == ({"mean": True}, {})
     page = (tmp_path / "index.html").read_text()
     assert "needs &lt;more&gt;" in page
     assert page.count("<svg ") == 1
