@@ -26,6 +26,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_show_copyright = False
 html_title = f"orthofast {version}"
 html_static_path = ["_static"]
 html_css_files = ["manual.css"]
