@@ -89,14 +89,7 @@ def train_convnet(
         return [pii(layer.weight.detach(), vectors=side).item() for layer, side in zip(layers, sides, strict=True)]
 
     initial = measured()
-    fit(
-        model,
-        data,
-        optimizer_for(model, name, rate),
-        steps=steps,
-        batch=batch,
-        seed=seed,
-    )
+    fit(model, data, optimizer_for(model, name, rate), steps=steps, batch=batch, seed=seed)
     return {"initial": initial, "final": measured(), "accuracy": accuracy(model, data)}
 
 

@@ -8,6 +8,7 @@ Owns the package peft.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -210,7 +211,7 @@ def _change(raw: Raw, name: str, role: str) -> float | None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan  # nothing is known of a network that diverged
 
 
 EXPERIMENTS: tuple[Experiment, ...] = (

@@ -67,14 +67,7 @@ def train_perceptron(
     constant_(model.hidden[0])
     model.to(data.train.device)
     initial = [_columns(layer) for layer in model.hidden]
-    fit(
-        model,
-        data,
-        optimizer_for(model, name, rate),
-        steps=steps,
-        batch=batch,
-        seed=seed,
-    )
+    fit(model, data, optimizer_for(model, name, rate), steps=steps, batch=batch, seed=seed)
     final = [_columns(layer) for layer in model.hidden]
     return {"initial": initial, "final": final, "accuracy": accuracy(model, data)}
 

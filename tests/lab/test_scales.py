@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from orthofast.lab import data as data_files
 from orthofast.lab import deep_convolutions, fitting
@@ -174,6 +175,29 @@ def test_an_experiment_runs_on_its_data_at_its_scales(experiment: Experiment, na
     verdict = experiment.verdict([raw, raw])
     assert verdict.status in (REPRODUCED, NOT_REPRODUCED)
     assert any(check.measured is not None for check in verdict.checks)
+    json.dumps(declaration(experiment.figure([raw, raw]), experiment.title, 2))
+
+
+@pytest.mark.parametrize("experiment", [one for one in RUNNABLE.values() if one.id != "S0-T5"], ids=lambda one: one.id)
+@pytest.mark.usefixtures("tiny")
+def test_networks_that_diverge_are_measured_and_reproduce_nothing(experiment: Experiment) -> None:
+    if experiment.id == "S0-M2":
+        pytest.importorskip("peft")
+    steps = []
+
+    def lost(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        steps.append(optimizer)
+        with torch.no_grad():
+            for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+                parameter.fill_(torch.nan)
+
+    hook = register_optimizer_step_post_hook(lost)
+    try:
+        raw = json.loads(json.dumps(plain(experiment.run(Settings(data="digits")))))
+    finally:
+        hook.remove()
+    verdict = experiment.verdict([raw, raw])
+    assert verdict.status == NOT_REPRODUCED or not steps
     json.dumps(declaration(experiment.figure([raw, raw]), experiment.title, 2))
 
 
