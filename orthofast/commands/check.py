@@ -91,7 +91,7 @@ def _incomplete(result: ScanResult) -> str:
     failed = len({row.name for row in result.failed})
     if result.provenance.get("interrupted"):
         return "the scan was interrupted: what it did not reach was not judged"
-    return f"{failed} tensors of the scan failed and were not judged" if failed else ""
+    return f"tensors that the scan could not measure, and that were not judged: {failed}" if failed else ""
 
 
 def _print_human(verdicts: Sequence[Verdict]) -> None:

@@ -42,7 +42,7 @@ def conclude(result: ScanResult, as_json: bool, quiet: bool, long: bool) -> None
         print_result(result, long)
     if result.failed:
         failed = list(dict.fromkeys(f"{row.name}: {row.error}" for row in result.failed))
-        say(f"orthofast: {len(failed)} failures; the other tensors were measured")
+        say(f"orthofast: the other tensors were measured; failed: {len(failed)}")
         for sentence in failed[:NAMED]:
             say(f"  {sentence}")
         raise typer.Exit(PARTIAL)

@@ -110,7 +110,7 @@ class RegularizationReport:
             means = layer.means()
             numbers = layer.error or "  ".join(f"{means[key]:10.4g}" for key in keys)
             lines.append(f"{name:{width}}  {len(layer.rate):7}  {numbers}")
-        lines.append(f"means over neurons; {len(self.unpaired)} layers or batch norms without a partner")
+        lines.append(f"means over neurons; layers and batch norms without a partner: {len(self.unpaired)}")
         return "\n".join(lines)
 
 

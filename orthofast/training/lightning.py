@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from orthofast.errors import MissingPackageError
+
 try:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError("orthofast.training.lightning needs the package lightning; pip install lightning") from error
+    raise MissingPackageError("this module needs the package lightning; pip install lightning") from error
 
 from orthofast.training.layers import Select
 from orthofast.training.measures import DEFAULT

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthofast.errors import InputError, MissingPackageError
+
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError("orthofast.training.torchmetrics needs the package torchmetrics; pip install it") from error
+    raise MissingPackageError("this module needs the package torchmetrics; pip install torchmetrics") from error
 
-from orthofast.errors import InputError
 from orthofast.kernels import gram_stats
 from orthofast.metrics import max_coherence, orthogonality_gap
 from orthofast.metrics.neurons import FiringCounts, dying_frac, firing_counts, full_frac

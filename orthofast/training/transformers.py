@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from orthofast.errors import InputError, MissingPackageError
+
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
-    raise ImportError("orthofast.training.transformers needs transformers and accelerate; pip install them") from error
+    raise MissingPackageError("this module needs the packages transformers and accelerate; pip install them") from error
 
-from orthofast.errors import InputError
 from orthofast.training.layers import Select
 from orthofast.training.measures import DEFAULT
 from orthofast.training.monitor import Monitor

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-from orthofast.errors import CheckpointError
+from orthofast.errors import CheckpointError, MissingPackageError
 from orthofast.scan.readers import hub as hub_reader
 from orthofast.scan.readers.checkpoint import open_checkpoint
 from tests.scan.hub_server import COMMIT, Hub, serving
@@ -132,5 +132,5 @@ def test_a_model_without_safetensors_says_so_when_headers_are_asked(hub: Hub) ->
 
 def test_without_the_package_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"org/name is no path here; .* pip install 'orthofast\[hub\]'"):
+    with pytest.raises(MissingPackageError, match=r"org/name is no path here; .* pip install 'orthofast\[hub\]'"):
         open_checkpoint("org/name")

@@ -195,7 +195,7 @@ def test_the_report_prints_and_is_plain_data() -> None:
     lines = str(report).splitlines()
     assert lines[0].split() == ["layer", "neurons", "rate_std", "rate_var", "l1_std", "l2_std", "l1_var", "l2_var"]
     assert lines[1].split()[:2] == ["a", "4"]
-    assert "3 layers or batch norms without a partner" in lines[-1]
+    assert "layers and batch norms without a partner: 3" in lines[-1]
     row = json.loads(json.dumps(report.to_dict()))["layers"]["a"]
     assert row["bn"] == "bn_a"
     assert row["l2_std"] == pytest.approx(report.layers["a"].norms["std"].l2.mean().item())

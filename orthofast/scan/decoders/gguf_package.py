@@ -76,7 +76,7 @@ def join_gguf(stored: Stored) -> None:
         elif kind in BLOCKS and importlib.util.find_spec("gguf") is not None:
             _join(stored, name, extent, kind, CODING, BLOCKS[kind])
         elif kind in BLOCKS:
-            stored.skip([name], f"GGUF type {kind} is decoded by the package gguf; run: pip install orthofast[gguf]")
+            stored.skip([name], f"GGUF type {kind} is decoded by the package gguf; run: pip install 'orthofast[gguf]'")
         else:
             stored.skip([name], f"unsupported quantisation GGUF type {kind}")
 

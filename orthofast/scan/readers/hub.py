@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from orthofast.errors import CheckpointError
+from orthofast.errors import CheckpointError, MissingPackageError
 from orthofast.scan.catalog import BITS, Catalog, Extent, Fault, stored_bytes
 from orthofast.scan.readers.files import inside, is_folder, read_json, shown
 from orthofast.scan.readers.folder import ADAPTER_CONFIG, CONFIG, PARAMS, QUANTIZE_CONFIGS, WEIGHTS, choose, is_index
@@ -59,6 +59,7 @@ def fetch(name: ModelName) -> tuple[Path, str]:
 
     Raises:
         CheckpointError: if the model, its files or the network are not there.
+        MissingPackageError: if huggingface_hub is not installed.
     """
     package = _package(name)
     errors = _errors(package)
@@ -89,6 +90,7 @@ def read_headers(name: ModelName) -> Catalog:
 
     Raises:
         CheckpointError: if the model is not there, has no safetensors, or the network is not there.
+        MissingPackageError: if huggingface_hub is not installed.
     """
     package = _package(name)
     try:
@@ -142,7 +144,7 @@ def _package(name: ModelName) -> ModuleType:
         import huggingface_hub
         import huggingface_hub.errors
     except ImportError:
-        raise CheckpointError(
+        raise MissingPackageError(
             f"{name.repo} is no path here; to take it from the Hugging Face hub: pip install 'orthofast[hub]'"
         ) from None
     return huggingface_hub
