@@ -181,7 +181,7 @@ def verdict_drift(raws: Sequence[Raw]) -> Verdict:
         checks.append(shown(f"{label}: PII after", [raw[name]["pii"][1] for raw in raws]))
         checks.append(shown(f"{label}: updates", [raw[name]["steps"] for raw in raws]))
         checks.append(shown(f"{label}: change over weight", [raw[name]["relative_change"] for raw in raws]))
-        checks.append(shown(f"{label}: test accuracy (%)", [100 * raw[name]["accuracy"] for raw in raws]))
+        checks.append(shown(f"{label}: test accuracy (%)", [times(100, raw[name]["accuracy"]) for raw in raws]))
     return judge(
         checks,
         f"All stop at a training loss of {STOP} nats. Muon: orthogonalised updates of the hidden matrices, Adam for "
