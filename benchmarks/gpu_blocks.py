@@ -71,7 +71,9 @@ def check(context: Context) -> None:
             # warnings of another version of torch are no failures of ours
             *("-W", "default", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"),
         ]
-        environment = {"ORTHOFAST_SANITIZER_S": "60", **os.environ, "ORTHOFAST_GPU_OUTCOMES": str(report)}
+        # they are no part of a run that xdist may have split
+        outside = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST_")}
+        environment = {"ORTHOFAST_SANITIZER_S": "60", **outside, "ORTHOFAST_GPU_OUTCOMES": str(report)}
         if context.dry:
             environment[REHEARSAL] = "1"
             command += ["-k", DRY_TESTS]
