@@ -16,7 +16,7 @@ from orthofast.lab.data import Images, load
 from orthofast.lab.experiment import DATA, Experiment, Raw, Settings
 from orthofast.lab.figures import Figure, Panel, Series
 from orthofast.lab.fitting import accuracy, fit, optimizer_for
-from orthofast.lab.missing import largest, minus
+from orthofast.lab.missing import largest, length, minus
 from orthofast.lab.nets import mlp
 from orthofast.lab.verdict import Check, Number, Verdict, above, below, judge, log_slope, near, ordered, shown
 from orthofast.metrics import ridge_path, ridge_shrinkage
@@ -246,7 +246,7 @@ def figure1(settings: Settings) -> Raw:
 
 def _verdict_f1(raws: Sequence[Raw]) -> Verdict:
     lags = [largest([minus(low, high) for high, low in raw["kept"][1:]]) for raw in raws]
-    ends = [_length(raw["path"][-1]) for raw in raws]
+    ends = [length(raw["path"][-1]) for raw in raws]
     return judge(
         [
             below("share kept, flat direction minus steep one, largest over rates", lags, 0.0),
@@ -256,11 +256,6 @@ def _verdict_f1(raws: Sequence[Raw]) -> Verdict:
         ],
         "A schematic in the paper; its formula lacks an inverse. Eigenvalues 9 and 1 are chosen here.",
     )
-
-
-def _length(vector: Sequence[Number]) -> float | None:
-    known = [value for value in vector if value is not None]
-    return sum(value**2 for value in known) ** 0.5 if len(known) == len(vector) else None
 
 
 def _drawn_f1(raws: Sequence[Raw]) -> Figure:

@@ -62,6 +62,16 @@ def root(one: Number) -> float | None:
     return None if known is None or known[0] < 0 else math.sqrt(known[0])
 
 
+def length(vector: Sequence[Number]) -> float | None:
+    """Euclidean.
+
+    >>> length([3.0, 4.0]), length([3.0, None])
+    (5.0, None)
+    """
+    known = _known(vector)
+    return None if known is None else math.hypot(*known)
+
+
 def least(values: Sequence[Number]) -> float | None:
     """The least of all.
 

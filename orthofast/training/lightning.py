@@ -13,7 +13,7 @@ try:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise MissingPackageError("this module needs the package lightning; pip install lightning") from error
+    raise MissingPackageError(f"{__name__} needs the package lightning; pip install lightning") from error
 
 from orthofast.training.layers import Select
 from orthofast.training.measures import DEFAULT

@@ -12,7 +12,7 @@ from orthofast.errors import InputError, MissingPackageError
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise MissingPackageError("this module needs the package torchmetrics; pip install torchmetrics") from error
+    raise MissingPackageError(f"{__name__} needs the package torchmetrics; pip install torchmetrics") from error
 
 from orthofast.kernels import gram_stats
 from orthofast.metrics import max_coherence, orthogonality_gap

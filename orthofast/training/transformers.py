@@ -15,7 +15,7 @@ try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
-    raise MissingPackageError("this module needs the packages transformers and accelerate; pip install them") from error
+    raise MissingPackageError(f"{__name__} needs transformers and accelerate; pip install them") from error
 
 from orthofast.training.layers import Select
 from orthofast.training.measures import DEFAULT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthofast.errors import InputError
+from orthofast.errors import InputError, MissingPackageError
 from orthofast.training import Console, Csv, JsonLines, MLflow, Monitor, TensorBoard, WandB
 from orthofast.training.rows import Row, add_metric, path_of
 from orthofast.training.sinks import Sinks, console_line
@@ -250,3 +251,14 @@ def test_a_model_with_a_module_named_max_keeps_keys_apart() -> None:
     monitor.step()
     assert monitor.latest["orthofast/pii/max.weight"] == 0
     assert monitor.latest["orthofast/pii/max"] == monitor.latest["orthofast/pii/b"] > 0
+
+
+@pytest.mark.parametrize("package", ["lightning", "torchmetrics", "transformers"])
+def test_an_adapter_without_its_host_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = f"orthofast.training.{package}"
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, adapter, raising=False)
+    with pytest.raises(MissingPackageError, match=rf"{adapter} needs .*{package}.*; pip install"):
+        importlib.import_module(adapter)
